@@ -1,0 +1,43 @@
+"""The op table: every operation of the V4 model, called by the trainer and by the rollout engine alike.
+
+All ops take packed tokens (no padding) and hold to three rules, which together make the
+sampler's log-probabilities the trainer's:
+
+1. *Batch invariance.* A token's result does not depend on which other tokens are in the call.
+   On CPU this needs care in two places: matrix products with few rows take another path in the
+   BLAS library (`linear` pads rows), and vectorised transcendental functions differ from their scalar
+   remainders in `rsqrt`, `sigmoid` and `softplus` (built here from `exp`, `log1p` and
+   correctly rounded division and square root).
+2. *Length invariance.* Candidate lists are padded to multiples of `BLOCK` and summed block by
+   block in order, so that more padding changes nothing.
+3. *Ties go to the lowest index* in every top-k.
+"""
+
+from posttrain.kernels.attention.op import sparse_attention
+from posttrain.kernels.blocks import BLOCK
+from posttrain.kernels.compress.op import compress
+from posttrain.kernels.indexer.op import index_scores, topk_stable
+from posttrain.kernels.linear.op import grouped_linear, linear
+from posttrain.kernels.mhc.op import mhc_head, mhc_post, mhc_pre
+from posttrain.kernels.moe.op import moe_experts, route_hash, route_topk, swiglu_mlp
+from posttrain.kernels.norm.op import rms_norm
+from posttrain.kernels.rope.op import apply_rope
+
+__all__ = [
+    "BLOCK",
+    "apply_rope",
+    "compress",
+    "grouped_linear",
+    "index_scores",
+    "linear",
+    "mhc_head",
+    "mhc_post",
+    "mhc_pre",
+    "moe_experts",
+    "rms_norm",
+    "route_hash",
+    "route_topk",
+    "sparse_attention",
+    "swiglu_mlp",
+    "topk_stable",
+]

@@ -1,0 +1,49 @@
+"""The model's configuration: transformers' own class, plus the fields of released checkpoints.
+
+`DeepseekV4Config` reads a released `config.json` (compress_ratios, num_hash_layers, qk_rope_head_dim) as
+well as one that transformers saved. What is added here is writing: a directory that this project
+saves carries both sets of fields, so that either kind of reader finds what it looks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DeepseekV4Config
+
+from posttrain.models.deepseek_v4.presets import HEAVY, PRESETS, SLIDING, SPARSE
+
+RELEASED_RATES = {SLIDING: 0, SPARSE: 4, HEAVY: 128}
+
+
+def make_config(config: str | dict[str, Any], **token_fields: Any) -> DeepseekV4Config:
+    """A configuration from a preset's name or from fields.
+
+    Args:
+        config: a key of `PRESETS`, or the fields of `DeepseekV4Config`, on top of a preset if they have a
+            `preset` key.
+        token_fields: vocab_size, bos_token_id, eos_token_id, pad_token_id of the tokenizer in use.
+    """
+    fields = dict(PRESETS[config]) if isinstance(config, str) else dict(config)
+    if "preset" in fields:
+        fields = {**PRESETS[fields.pop("preset")], **fields}
+    made = DeepseekV4Config(**{**fields, **token_fields})
+    made.architectures = ["DeepseekV4ForCausalLM"]
+    return made
+
+
+def native_config_dict(config: DeepseekV4Config) -> dict[str, Any]:
+    """`config.json` with transformers' fields and, where they can say it, the released checkpoints' fields."""
+    fields = config.to_dict()
+    rates = {**config.compress_rates, SLIDING: 0}
+    fields["num_hash_layers"] = config.mlp_layer_types.count("hash_moe")
+    fields["topk_method"] = "noaux_tc"
+    fields["qk_rope_head_dim"] = rope_dim(config)
+    if all(rates[kind] == RELEASED_RATES[kind] for kind in config.layer_types):
+        fields["compress_ratios"] = [rates[kind] for kind in config.layer_types]
+    return fields
+
+
+def rope_dim(config: DeepseekV4Config) -> int:
+    """Rotated channels of a head (64 of 512 in the released models)."""
+    return int(config.head_dim * config.partial_rotary_factor)

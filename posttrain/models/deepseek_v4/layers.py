@@ -1,0 +1,288 @@
+"""The layers of DeepSeek-V4 on the op table; parameter names are those of released checkpoints.
+
+Nothing here knows of padding, batches or caches: tokens come packed, and an `AttentionContext` tells where the
+earlier ones are. The vLLM plugin runs these very modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from posttrain import kernels
+from posttrain.kernels.blocks import round_up
+from posttrain.models.deepseek_v4.config import rope_dim
+from posttrain.models.deepseek_v4.context import AttentionContext
+from posttrain.models.deepseek_v4.presets import SLIDING, SPARSE
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose rows do not depend on the batch."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        return kernels.linear(input.reshape(-1, input.shape[-1]), self.weight).view(*input.shape[:-1], -1)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass
+class Rope:
+    """Angles: full tables `[P, R]` to look positions up in, and those of the tokens at hand, `[T, R]`, all fp32."""
+
+    cos_PR: Tensor
+    sin_PR: Tensor
+    cos_TR: Tensor
+    sin_TR: Tensor
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at other positions."""
+        return self.cos_PR[positions], self.sin_PR[positions]
+
+
+class RopeTables(nn.Module):
+    """cos and sin of every position for V4's two rotations: `main` (sliding layers) and `compress` (the others).
+
+    Looked up rather than computed for each call, so that a position's angle has the same bits everywhere.
+    """
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__()
+        self.config = config
+        self.tables: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _table(self, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        if kind not in self.tables or self.tables[kind][0].device != device:
+            parameters = self.config.rope_parameters[kind]
+            if parameters["rope_type"] == "default":
+                size = rope_dim(self.config)
+                exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
+                frequencies = 1.0 / (parameters["rope_theta"] ** exponent)
+            else:
+                frequencies, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, None, layer_type=kind)
+            positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
+            angles = positions.unsqueeze(1) * frequencies
+            self.tables[kind] = angles.cos().to(device), angles.sin().to(device)
+        return self.tables[kind]
+
+    def forward(self, kind: str, positions_T: Tensor) -> Rope:
+        """Angles of one kind for these positions."""
+        cos_PR, sin_PR = self._table(kind, positions_T.device)
+        return Rope(cos_PR, sin_PR, cos_PR[positions_T], sin_PR[positions_T])
+
+
+class Compressor(nn.Module):
+    """Projects tokens and compresses complete blocks of them into single entries (V4 report §2.3.1, §2.3.2)."""
+
+    def __init__(self, config: DeepseekV4Config, name: str, head_dim: int, rate: int, overlap: bool) -> None:
+        super().__init__()
+        self.name, self.rate, self.overlap, self.head_dim = name, rate, overlap, head_dim
+        width = head_dim * (2 if overlap else 1)
+        self.wkv = Linear(config.hidden_size, width)
+        self.wgate = Linear(config.hidden_size, width)
+        self.ape = nn.Parameter(torch.zeros(rate, width))
+        self.norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def _series(self, state_EMC: Tensor) -> tuple[Tensor, Tensor]:
+        """kv and biased gate `[E, M, D]`: for CSA series a of the block before, then series b of this one."""
+        kv, gate = state_EMC.chunk(2, -1)
+        if not self.overlap:
+            return kv, gate + self.ape
+        rate, dim = self.rate, self.head_dim
+        kv = torch.cat((kv[:, :rate, :dim], kv[:, rate:, dim:]), 1)
+        gate = torch.cat((gate[:, :rate, :dim] + self.ape[:, :dim], gate[:, rate:, dim:] + self.ape[:, dim:]), 1)
+        return kv, gate
+
+    def forward(self, x_TH: Tensor, context: AttentionContext, rope: Rope) -> Tensor:
+        """The store `[S, head_dim]` with the entries that these tokens complete."""
+        state_TC = torch.cat((self.wkv(x_TH).float(), self.wgate(x_TH).float()), -1)
+        blocks = context.windows(self.name, state_TC, self.rate, self.overlap)
+        kv_EMD, gate_EMD = self._series(blocks.state_EMC)
+        entries_ED = self.norm(kernels.compress(kv_EMD, gate_EMD, blocks.valid_EM)).to(x_TH.dtype)
+        cos, sin = rope.at(blocks.first_position_E)
+        return context.entries(self.name, kernels.apply_rope(entries_ED, cos, sin), self.rate)
+
+
+class Indexer(nn.Module):
+    """Chooses `index_topk` compressed entries for each token (V4 report eqs. 13-17). No gradient passes a choice."""
+
+    def __init__(self, config: DeepseekV4Config, name: str) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
+        self.weights_proj = Linear(config.hidden_size, self.heads)
+        rate = config.compress_rates[SPARSE]
+        self.compressor = Compressor(config, f"{name}.compressor", self.head_dim, rate, overlap=True)
+
+    @torch.no_grad()
+    def forward(
+        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope, candidates_TE: Tensor
+    ) -> Tensor:
+        """Columns of `candidates_TE` chosen for each token, `[T, K]`; a column may point past the candidates."""
+        keys_SD = self.compressor(x_TH, context, rope)
+        q_THD = self.wq_b(q_latent_TL).unflatten(-1, (self.heads, self.head_dim))
+        q_THD = kernels.apply_rope(q_THD, rope.cos_TR, rope.sin_TR)
+        weights_TH = self.weights_proj(x_TH).float() * (self.head_dim * self.heads) ** -0.5
+        own_candidates = context.candidates(self.compressor.name, self.compressor.rate)
+        scores_TE = kernels.index_scores(q_THD, weights_TH, keys_SD, own_candidates)
+        return kernels.topk_stable(scores_TE, self.topk)
+
+
+class Attention(nn.Module):
+    """Shared-KV multi-query attention over a sliding window and, by layer type, compressed entries."""
+
+    def __init__(self, config: DeepseekV4Config, layer: int) -> None:
+        super().__init__()
+        self.kind = config.layer_types[layer]
+        self.rope_kind = "main" if self.kind == SLIDING else "compress"
+        self.name = f"layers.{layer}.attn"
+        self.heads, self.head_dim, self.width = config.num_attention_heads, config.head_dim, config.sliding_window
+        self.groups, self.eps = config.o_groups, config.rms_norm_eps
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
+        self.wkv = Linear(config.hidden_size, self.head_dim)
+        self.kv_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.wo_a = Linear(self.heads * self.head_dim // self.groups, self.groups * config.o_lora_rank)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
+        self.attn_sink = nn.Parameter(torch.zeros(self.heads))
+        if self.kind != SLIDING:
+            overlap = self.kind == SPARSE
+            rate = config.compress_rates[self.kind]
+            self.compressor = Compressor(config, f"{self.name}.compressor", self.head_dim, rate, overlap)
+        if self.kind == SPARSE:
+            self.indexer = Indexer(config, f"{self.name}.indexer")
+
+    def _compressed(self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope) -> tuple:
+        store = self.compressor(x_TH, context, rope)
+        rows_TE = context.candidates(self.compressor.name, self.compressor.rate)
+        if self.kind == SPARSE:
+            chosen_TK = self.indexer(x_TH, q_latent_TL, context, rope, rows_TE)
+            rows_TK = rows_TE.gather(1, chosen_TK)
+            rows_TE = F.pad(rows_TK, (0, round_up(self.indexer.topk) - rows_TK.shape[1]), value=-1)
+        return store, rows_TE
+
+    def forward(self, x_TH: Tensor, context: AttentionContext, rope: Rope) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        q_latent_TL = self.q_norm(self.wq_a(x_TH))
+        q_THD = kernels.rms_norm(self.wq_b(q_latent_TL).unflatten(-1, (self.heads, self.head_dim)), None, self.eps)
+        q_THD = kernels.apply_rope(q_THD, rope.cos_TR, rope.sin_TR)
+        kv_TD = kernels.apply_rope(self.kv_norm(self.wkv(x_TH)), rope.cos_TR, rope.sin_TR)
+        sources = [context.window(self.name, kv_TD, self.width)]
+        if self.kind != SLIDING:
+            sources.append(self._compressed(x_TH, q_latent_TL, context, rope))
+        out_THD = kernels.sparse_attention(q_THD, sources, self.attn_sink, self.head_dim**-0.5)
+        out_THD = kernels.apply_rope(out_THD, rope.cos_TR, rope.sin_TR, inverse=True)
+        grouped_TGI = out_THD.reshape(len(out_THD), self.groups, -1)
+        latent_TGO = kernels.grouped_linear(grouped_TGI, self.wo_a.weight.unflatten(0, (self.groups, -1)))
+        return self.wo_b(latent_TGO.flatten(1))
+
+
+class Gate(nn.Module):
+    """Router: by score with a selection bias, or by a frozen table of token ids in the first layers."""
+
+    def __init__(self, config: DeepseekV4Config, layer: int) -> None:
+        super().__init__()
+        self.hashed = config.mlp_layer_types[layer] == "hash_moe"
+        self.k, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if self.hashed:
+            self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.k, dtype=torch.int64))
+        else:
+            self.register_buffer("bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_TH: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and weights `[T, k]`."""
+        if self.hashed:
+            return kernels.route_hash(x_TH, self.weight, self.tid2eid, tokens_T, self.scaling)
+        return kernels.route_topk(x_TH, self.weight, self.bias, self.k, self.scaling)
+
+
+class ExpertWeights(nn.Module):
+    """Experts' matrices stacked: `w13[E, 2I, H]` is gate above up, `w2[E, H, I]` is down. `E` is absent for one expert."""
+
+    def __init__(self, lead: tuple[int, ...], hidden: int, inner: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(*lead, 2 * inner, hidden))
+        self.w2 = nn.Parameter(torch.empty(*lead, hidden, inner))
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus the shared one."""
+
+    def __init__(self, config: DeepseekV4Config, layer: int) -> None:
+        super().__init__()
+        self.limit = config.swiglu_limit
+        sizes = config.hidden_size, config.moe_intermediate_size
+        self.gate = Gate(config, layer)
+        self.experts = ExpertWeights((config.n_routed_experts,), *sizes)
+        self.shared_experts = ExpertWeights((), *sizes)
+
+    def forward(self, x_TH: Tensor, tokens_T: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        experts_TK, weights_TK = self.gate(x_TH, tokens_T)
+        routed = kernels.moe_experts(x_TH, experts_TK, weights_TK, self.experts.w13, self.experts.w2, self.limit)
+        return routed + kernels.swiglu_mlp(x_TH, self.shared_experts.w13, self.shared_experts.w2, self.limit)
+
+
+class HyperConnection(nn.Module):
+    """The parameters of one mHC site."""
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__()
+        n = config.hc_mult
+        self.fn = nn.Parameter(torch.empty((2 + n) * n, n * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros((2 + n) * n))
+        self.scale = nn.Parameter(torch.ones(3))
+        self.constants = {
+            "iterations": config.hc_sinkhorn_iters,
+            "eps": config.hc_eps,
+            "norm_eps": config.rms_norm_eps,
+        }
+
+    def forward(self, streams_TND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of the sub-layer, and the weights that `mhc_post` puts its output back with."""
+        return kernels.mhc_pre(streams_TND, self.fn, self.base, self.scale, **self.constants)
+
+
+class Block(nn.Module):
+    """Attention and experts, each between an mHC collapse and an mHC expansion."""
+
+    def __init__(self, config: DeepseekV4Config, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.ffn = MixtureOfExperts(config, layer)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_attn = HyperConnection(config)
+        self.hc_ffn = HyperConnection(config)
+
+    def forward(
+        self, streams_TND: Tensor, tokens_T: Tensor, context: AttentionContext, ropes: dict[str, Rope]
+    ) -> Tensor:
+        """Streams `[T, n, hidden]` to streams."""
+        x_TH, post_TN, comb_TNN = self.hc_attn(streams_TND)
+        out_TH = self.attn(self.attn_norm(x_TH), context, ropes[self.attn.rope_kind])
+        streams_TND = kernels.mhc_post(streams_TND, out_TH, post_TN, comb_TNN)
+        x_TH, post_TN, comb_TNN = self.hc_ffn(streams_TND)
+        out_TH = self.ffn(self.ffn_norm(x_TH), tokens_T)
+        return kernels.mhc_post(streams_TND, out_TH, post_TN, comb_TNN)

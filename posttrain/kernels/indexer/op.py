@@ -23,6 +23,8 @@ def index_scores(q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates_
     """
     tokens, candidates = candidates_TE.shape
     dim = q_THD.shape[-1]
+    if candidates == 0:
+        return q_THD.new_empty(tokens, 0, dtype=torch.float32)
     step = max(1, GATHER_BUDGET // max(1, candidates * dim))
     parts = []
     for start in range(0, max(tokens, 1), step):

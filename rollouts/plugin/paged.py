@@ -1,0 +1,108 @@
+"""The attention context of the rollout: earlier tokens come from vLLM's paged caches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.kernels import BLOCK
+from posttrain.kernels.blocks import round_up
+from posttrain.models.deepseek_v4.context import Windows
+from rollouts.plugin.caches import CacheLayer, PagedMetadata
+
+
+class PagedContext:
+    """Serves one forward of mixed prefill chunks and decode steps.
+
+    Args:
+        positions_T: position of each new token in its request.
+        metadata: for each cache layer's name, its group's pages.
+        caches: what `cache_layers` returned.
+    """
+
+    def __init__(self, positions_T: Tensor, metadata: dict[str, PagedMetadata], caches: nn.ModuleDict) -> None:
+        self.positions_T = positions_T
+        self._metadata, self._caches = metadata, caches
+        any_group = next(iter(metadata.values()))
+        lengths_R = any_group.query_start_R.diff().to(positions_T.device)
+        self._request_T = torch.repeat_interleave(lengths_R, output_size=len(positions_T))
+        self._longest = int(any_group.seq_lens_R.max())
+        self._ending_E: dict[int, Tensor] = {}
+        self._memo: dict[tuple, Tensor] = {}
+
+    def _cache(self, name: str, kind: str) -> tuple[CacheLayer, tuple]:
+        """The cache that holds `name`, and a key that it shares with caches of the same pages and geometry."""
+        cache = self._caches[f"{name.split('.')[1]}/{kind}"]
+        pages = self._metadata[cache.name].block_table_RB
+        return cache, (cache.tokens_per_row, cache.rows_per_block, pages.data_ptr())
+
+    def _rows(self, cache: CacheLayer, positions: Tensor, request: Tensor) -> Tensor:
+        """Rows of a cache that hold these positions, of any shape led by `request`'s; negative ones give row 0's page."""
+        pages = self._metadata[cache.name]
+        positions = positions.clamp(min=0)
+        request = request.view(-1, *(1,) * (positions.dim() - 1)).expand_as(positions)
+        blocks = pages.block_table_RB[request, positions // pages.block_size]
+        return blocks * cache.rows_per_block + positions % pages.block_size // cache.tokens_per_row
+
+    def _own(self, cache: CacheLayer, key: tuple) -> Tensor:
+        """Rows of the new tokens themselves."""
+        if ("own", key) not in self._memo:
+            self._memo["own", key] = self._rows(cache, self.positions_T, self._request_T)
+        return self._memo["own", key]
+
+    def _ending(self, rate: int) -> Tensor:
+        """New tokens that complete a block."""
+        if rate not in self._ending_E:
+            self._ending_E[rate] = ((self.positions_T + 1) % rate == 0).nonzero().squeeze(1)
+        return self._ending_E[rate]
+
+    def window(self, name: str, kv_TD: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' KV, and point at the last `width` tokens of each."""
+        cache, key = self._cache(name, "recent")
+        store = cache.part(name)
+        store[self._own(cache, key)] = kv_TD.float()
+        memo = ("window", width, key)
+        if memo not in self._memo:
+            offsets_W = torch.arange(round_up(width), device=store.device) - (width - 1)
+            positions_TW = self.positions_T.unsqueeze(1) + offsets_W
+            rows_TW = self._rows(cache, positions_TW, self._request_T)
+            self._memo[memo] = torch.where((positions_TW >= 0) & (offsets_W <= 0), rows_TW, -1)
+        return store, self._memo[memo]
+
+    def windows(self, name: str, state_TC: Tensor, rate: int, overlap: bool) -> Windows:
+        """Write the new tokens' state, and gather the blocks that end in this call."""
+        cache, key = self._cache(name, "recent")
+        store = cache.part(name)
+        store[self._own(cache, key)] = state_TC
+        ending_E = self._ending(rate)
+        first_E = self.positions_T[ending_E] - (rate - 1)
+        position_EM = first_E.unsqueeze(1) + torch.arange(-rate if overlap else 0, rate, device=store.device)
+        memo = ("windows", rate, overlap, key)
+        if memo not in self._memo:
+            self._memo[memo] = self._rows(cache, position_EM, self._request_T[ending_E])
+        rows_EM = self._memo[memo]
+        state_EMC = store.index_select(0, rows_EM.flatten()).view(*rows_EM.shape, store.shape[1])
+        return Windows(state_EMC, position_EM >= 0, first_E)
+
+    def entries(self, name: str, entries_ED: Tensor, rate: int) -> Tensor:
+        """Write the new entries where their blocks belong; the store is the whole cache."""
+        cache, key = self._cache(name, "entries")
+        ending_E = self._ending(rate)
+        memo = ("entries", rate, key)
+        if memo not in self._memo:
+            self._memo[memo] = self._rows(cache, self.positions_T[ending_E], self._request_T[ending_E])
+        store = cache.part(name)
+        store[self._memo[memo]] = entries_ED.float()
+        return store
+
+    def candidates(self, name: str, rate: int) -> Tensor:
+        """Rows of each token's complete entries, in order."""
+        cache, key = self._cache(name, "entries")
+        memo = ("candidates", rate, key)
+        if memo not in self._memo:
+            number_E = torch.arange(round_up(self._longest // rate, BLOCK), device=self.positions_T.device)
+            complete_TE = number_E < ((self.positions_T + 1) // rate).unsqueeze(1)
+            positions_TE = torch.where(complete_TE, number_E * rate, 0)
+            rows_TE = self._rows(cache, positions_TE, self._request_T)
+            self._memo[memo] = torch.where(complete_TE, rows_TE, -1)
+        return self._memo[memo]

@@ -86,6 +86,7 @@ def sparse_attention(
                 f"sparse_attention: sources[{number}] index has shape {tuple(index.shape)}; "
                 f"expected [{q_THD.shape[0]}, a multiple of {BLOCK}]"
             )
-    stores = [store for store, _ in sources]
-    indices = [index for _, index in sources]
-    return _SparseAttention.apply(q_THD, sink_H, scale, len(sources), *stores, *indices)
+    used = [source for source in sources if source[1].shape[1]]
+    stores = [store for store, _ in used]
+    indices = [index for _, index in used]
+    return _SparseAttention.apply(q_THD, sink_H, scale, len(used), *stores, *indices)

@@ -172,10 +172,12 @@ class Attention(nn.Module):
         if self.kind == SPARSE:
             self.indexer = Indexer(config, f"{self.name}.indexer")
 
-    def _compressed(self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope) -> tuple:
+    def _compressed(
+        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
         store = self.compressor(x_TH, context, rope)
         rows_TE = context.candidates(self.compressor.name, self.compressor.rate)
-        if self.kind == SPARSE:
+        if self.kind == SPARSE and rows_TE.shape[1]:
             chosen_TK = self.indexer(x_TH, q_latent_TL, context, rope, rows_TE)
             rows_TK = rows_TE.gather(1, chosen_TK)
             rows_TE = F.pad(rows_TK, (0, round_up(self.indexer.topk) - rows_TK.shape[1]), value=-1)

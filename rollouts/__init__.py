@@ -1,0 +1,1 @@
+"""Generation as a service: vLLM engines in Ray actors, weights by version, tokens with their log-probabilities."""

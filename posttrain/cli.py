@@ -1,0 +1,216 @@
+"""The command line. Exit codes: 0 done, 1 the work failed, 2 bad input (nothing was started), 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from posttrain.errors import BadInput, RunFailed
+from posttrain.recipe import Recipe, load_recipe, resolved_yaml
+from posttrain.rundir import RunDirectory, find_run
+
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Turns the errors that are for people into a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command; BadInput and RunFailed end it without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (BadInput, RunFailed) as error:
+            print(f"error: {error}", file=sys.stderr)
+            ctx.exit(error.exit_code)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="posttrain",
+    help="Train one expert for each domain, and distil all of them into one student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. stages.base.steps=50. Repeatable."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Replace the recipe's seed.", show_default=False)]
+RunsDirectory = Annotated[Path, typer.Option("--runs-dir", help="Where run directories are.")]
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A run's directory or name. Default: the newest.", show_default=False),
+]
+RUNS = Path("runs")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", "--run", help="Name of the run. Default: the recipe's, numbered when taken."),
+    ] = None,
+    seed: Seed = None,
+    overrides: Overrides = [],  # noqa: B006 - typer reads it, nobody writes it
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
+    runs_dir: RunsDirectory = RUNS,
+) -> None:
+    """Train, evaluate and report: the whole recipe."""
+    resolved = load_recipe(recipe, overrides, seed)
+    if dry_run:
+        _show(resolved)
+        return
+    _make_local_modules_importable()
+    from posttrain import pipeline
+
+    run_directory = RunDirectory.create(runs_dir, name, resolved)
+    with run_directory:
+        if name is None and run_directory.name != resolved.name:
+            print(f"{runs_dir / resolved.name} exists; this run is {runs_dir / run_directory.name}", flush=True)
+        try:
+            code = _drive(lambda: pipeline.run(resolved, run_directory), runs_dir / run_directory.name)
+        except BadInput:
+            if not run_directory.has_started():
+                run_directory.discard()
+            raise
+    raise typer.Exit(code)
+
+
+@app.command()
+def resume(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
+    """Go on with a run at its first unfinished stage."""
+    path = find_run(run, runs_dir)
+    _make_local_modules_importable()
+    with RunDirectory.open(path) as run_directory:
+        if run_directory.status == "finished":
+            print(f"{path} is finished; there is nothing left to do")
+            return
+        from posttrain import pipeline
+
+        code = _drive(lambda: pipeline.resume(run_directory), path)
+    raise typer.Exit(code)
+
+
+@app.command()
+def validate(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006 - typer reads it, nobody writes it
+) -> None:
+    """Check a recipe and everything that it names; show it resolved, and the stages."""
+    _show(load_recipe(recipe, overrides))
+    print(f"{recipe} is valid")
+
+
+@app.command()
+def status(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
+    """Show how far a run is."""
+    from posttrain.observe.status import render_status
+
+    render_status(find_run(run, runs_dir))
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Recipe of the domains. Default: that of the run which holds the checkpoint."),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Held-out problems of each domain. Default: the recipe's.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint's accuracy on the held-out problems."""
+    if not (checkpoint / "config.json").is_file():
+        raise BadInput(f"{checkpoint}: not a checkpoint directory: it has no config.json")
+    if recipe is None:
+        recipe = checkpoint.resolve().parent.parent / "recipe.yaml"
+        if not recipe.is_file():
+            raise BadInput(f"{checkpoint} is in no run directory; name the recipe of its domains with --recipe")
+    resolved = load_recipe(recipe)
+    for domain, config in resolved.domains.items():
+        if n is not None and n > config.holdout:
+            raise BadInput(f"--n {n}: {recipe} holds out {config.holdout} problems (domains.{domain}.holdout)")
+    _make_local_modules_importable()
+    from posttrain import pipeline
+
+    _print_accuracies(pipeline.evaluate_checkpoint(resolved, checkpoint, n))
+
+
+@app.command()
+def report(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
+    """Write report.json and report.html of a run again."""
+    from posttrain.observe.report import write_report
+
+    page = write_report(find_run(run, runs_dir))
+    print(f"{page.with_suffix('.json')}\n{page}")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _drive(work: Callable[[], int], path: Path) -> int:
+    """Do the work of a run; its exit code. SIGTERM counts as Ctrl-C: the pipeline cleans up after either."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    resume_with = f"Continue with: posttrain resume {path}"
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {resume_with}", file=sys.stderr)
+        return INTERRUPTED
+    except RunFailed as error:
+        raise RunFailed(f"{error}\n{resume_with}") from error
+    except BadInput:
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise RunFailed(f"the run ended unexpectedly, see above\n{resume_with}") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _make_local_modules_importable() -> None:
+    """Find rewards of the user's own (`package.module:function`) in the working directory, in actors as well."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if here not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([path for path in (*known, here) if path])
+
+
+def _show(recipe: Recipe) -> None:
+    """Print the resolved recipe and its stages; on a pipe without colours and in whole lines."""
+    from rich.console import Console
+
+    from posttrain.recipe.graph import stage_tree
+
+    print(resolved_yaml(recipe))
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(stage_tree(recipe))
+
+
+def _print_accuracies(results: dict[str, dict[str, Any]]) -> None:
+    """One line for each domain: pass@1, its 95 % interval, the number of problems."""
+    for domain, cell in results.items():
+        low, high = cell["ci95"]
+        print(f"{domain}: pass@1 {cell['pass@1']:.1%} (95 % interval {low:.1%} to {high:.1%}, {cell['n']} problems)")

@@ -1,0 +1,72 @@
+"""How far the sampler's log-probs are from the trainer's, and how fast sampling was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.observe.page.charts import line_chart
+from posttrain.observe.page.curves import series_of
+from posttrain.observe.page.markup import Markup, element, joined
+from posttrain.observe.page.names import kind_of
+from posttrain.observe.page.parts import absent, breakable, data_table, section
+from posttrain.observe.runview import RunView, is_number
+from posttrain.observe.words import duration, number
+
+PARITY_LIMIT = 1e-5
+"""Allowed difference of sampled and trained log-probs with our own model in fp32."""
+
+
+def rollout_section(report: dict[str, Any], view: RunView, domains: list[str]) -> Markup:
+    """How far the sampler's log-probs are from the trainer's, and how fast sampling was."""
+    recipe_rollout = report["recipe"].get("rollout")
+    rollout = recipe_rollout if isinstance(recipe_rollout, dict) else {}
+    exact = rollout.get("engine", "native") == "native" and rollout.get("dtype", "float32") == "float32"
+    stages = [name for name in view.stages if name != "base" and kind_of(name) != "sft"]
+    series = series_of(view, stages, "logprob_diff_max", domains)
+    chart = None
+    if series:
+        limit = PARITY_LIMIT if exact else None
+        note = "largest |sampled log-prob − trainer's log-prob| of a token, by step" + (
+            "; must stay below the limit" if limit else ""
+        )
+        chart = line_chart("Rollout against trainer", note, series, log_floor=1e-9, limit=limit, smooth=False)
+    rows = [
+        [
+            element("th", breakable(str(event.get("stage", ""))), scope="row"),
+            element("td", number(event.get("tokens"))),
+            element("td", duration(event.get("seconds"))),
+            element("td", number(_ratio(event.get("tokens"), event.get("seconds")))),
+            element("td", number(event.get("max_abs_logprob_diff"))),
+            element("td", number(event.get("k3"))),
+        ]
+        for event in report["rollout"]["stages"]
+    ]
+    table = None
+    if rows:
+        columns = ["stage", "tokens", "seconds", "tokens/s", "largest difference", "k3"]
+        table = data_table("Rollouts by stage", "k3: the non-negative estimate of KL(sampler ‖ trainer)", columns, rows)
+    return section(
+        "rollout",
+        "Rollout against trainer",
+        None if series or rows else absent("No rollout was recorded."),
+        element("div", chart, _rollout_facts(report["rollout"]), class_="grid") if series or rows else None,
+        table,
+    )
+
+
+def _rollout_facts(rollout: dict[str, Any]) -> Markup:
+    facts = [
+        ("Speed", f"{number(rollout['tokens_per_second'])} tokens/s"),
+        ("Sampled tokens", number(rollout["tokens"])),
+        ("Largest log-prob difference", number(rollout["max_abs_logprob_diff"])),
+        ("k3, mean over tokens", number(rollout["k3"])),
+        ("Weight updates of the engine", number(rollout["weight_syncs"])),
+        ("Median time of one", duration(rollout["weight_sync_seconds_median"])),
+    ]
+    items = [joined(element("dt", name), element("dd", value)) for name, value in facts]
+    heading = element("strong", "Over all stages")
+    return element("div", heading, element("dl", items, class_="facts"), class_="card")
+
+
+def _ratio(numerator: Any, denominator: Any) -> float | None:
+    return numerator / denominator if is_number(numerator) and is_number(denominator) and denominator > 0 else None

@@ -1,0 +1,88 @@
+"""The whole of a run on one page: base, then an expert for each domain, then one student taught by all of them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from posttrain.cluster import Slots
+from posttrain.errors import RunFailed
+from posttrain.recipe import Recipe
+from posttrain.recipe.schema import SftStage
+from posttrain.rundir import RunDirectory
+from posttrain.session import session
+from posttrain.stages.evaluate import evaluate, passes_gate
+from posttrain.stages.grpo import run_grpo
+from posttrain.stages.opd import run_opd
+from posttrain.stages.sft import run_sft
+from posttrain.stages.work import Work
+
+
+def run(recipe: Recipe, run_directory: RunDirectory) -> int:
+    """Run a recipe from its first unfinished stage to the report; returns the exit code."""
+    with session(recipe, run_directory) as (work, initial):
+        drive(work, initial)
+    return 0
+
+
+def resume(run_directory: RunDirectory) -> int:
+    """Go on with a run that was stopped; finished stages are not run again."""
+    return run(run_directory.recipe, run_directory)
+
+
+def drive(work: Work, initial: Path) -> None:
+    """V4's two steps (report §5.1): experts apart, then on-policy distillation into one."""
+    base = train_base(work, initial)
+    experts = grow_experts(work, base)
+    if work.recipe.stages.student is not None:
+        distil(work, base, experts)
+
+
+def train_base(work: Work, initial: Path) -> Path:
+    """One model of all domains that every expert and the student start from."""
+    config = work.recipe.stages.base
+    base = initial if config is None else run_sft(work, "base", config, list(work.domains), initial)
+    evaluate(work, "base", base)
+    return base
+
+
+def grow_experts(work: Work, base: Path) -> dict[str, Path]:
+    """As many experts side by side as the cluster has slots; those that a gate drops are not returned."""
+    slots = Slots(work.cluster.slots)
+
+    def grow(domain: str) -> Path | None:
+        with slots.taken() as slot:
+            return grow_expert(work, domain, base, slot)
+
+    with ThreadPoolExecutor(work.cluster.slots) as threads:
+        grown = dict(zip(work.domains, threads.map(grow, work.domains), strict=True))
+    return {domain: path for domain, path in grown.items() if path is not None}
+
+
+def grow_expert(work: Work, domain: str, base: Path, slot: int) -> Path | None:
+    """The expert's stages in order, each evaluated; then its gate."""
+    model, name = base, "base"
+    for config in work.recipe.expert_stages(domain):
+        name = f"expert/{domain}/{config.kind}"
+        if isinstance(config, SftStage):
+            model = run_sft(work, name, config, [domain], model, slot)
+        else:
+            model = run_grpo(work, name, config, domain, model, slot)
+        evaluate(work, name, model, slot)
+    gate = work.recipe.stages.experts.gate
+    if passes_gate(work, gate, domain, name, base, model, slot) or gate.action == "warn":
+        return model
+    if gate.action == "stop":
+        raise RunFailed(f"{name} is not {gate.min_gain} better than the base (stages.experts.gate)")
+    work.run.drop_stage(name, f"gate: not {gate.min_gain} better than the base")
+    return None
+
+
+def distil(work: Work, base: Path, experts: dict[str, Path]) -> Path:
+    """The student samples, its experts teach (report eq. 29)."""
+    if not experts:
+        raise RunFailed("no expert passed its gate: there is nothing to distil")
+    assert work.recipe.stages.student is not None
+    student = run_opd(work, "student", work.recipe.stages.student, base, experts)
+    evaluate(work, "student", student)
+    return student

@@ -1,0 +1,79 @@
+"""The stages of a recipe as a tree for people: what runs, from what, on how many problems."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from rich.tree import Tree
+
+from posttrain.recipe.schema import (
+    DomainConfig,
+    GateConfig,
+    GrpoStage,
+    JsonlSource,
+    ReasoningGymSource,
+    Recipe,
+    SftStage,
+)
+
+
+def stage_tree(recipe: Recipe) -> Tree:
+    """base, below it every domain with its stages and gate, and the student with its teachers."""
+    tree = Tree(Text(f"{recipe.name}: {_model(recipe)}, seed {recipe.seed}"))
+    base = tree.add(Text(f"base: {_steps(recipe.stages.base) if recipe.stages.base else 'the initial weights'}"))
+    for name, domain in recipe.domains.items():
+        parent = base.add(Text(f"{name}: {_problems(domain)}"))
+        for stage in recipe.expert_stages(name):
+            parent = parent.add(Text(f"expert/{name}/{stage.kind}: {_steps(stage)}"))
+        parent.add(_gate(recipe.stages.experts.gate, domain))
+    student = recipe.stages.student
+    if student is not None:
+        steps = f"{student.steps:,} steps of {student.batch_size:,} samples of its own"
+        node = base.add(Text(f"student: {student.divergence}, {steps}"))
+        for name in recipe.domains:
+            node.add(Text(f"teacher: expert/{name}/{recipe.expert_stages(name)[-1].kind}{_weights(recipe, name)}"))
+    for hook in recipe.evaluation:
+        answers = f"{hook.holdout.samples} answer{'s' if hook.holdout.samples > 1 else ''} each"
+        tree.add(Text(f"evaluation of every model: {hook.holdout.n:,} held-out problems of each domain, {answers}"))
+    return tree
+
+
+def _gate(gate: GateConfig, domain: DomainConfig) -> Text:
+    otherwise = {"stop": "the run stops", "warn": "there is a warning", "drop": "the domain is dropped"}[gate.action]
+    gain = (
+        f"{gate.metric} must gain {100 * gate.min_gain:g} points over base on {domain.selection:,} selection problems"
+    )
+    return Text(f"gate: {gain}, or {otherwise}")
+
+
+def _model(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.checkpoint is not None:
+        return f"{model.family} from {model.checkpoint}"
+    shape = model.config if isinstance(model.config, str) else str((model.config or {}).get("model_type", "own config"))
+    return f"{model.family} ({shape}) from random weights"
+
+
+def _problems(domain: DomainConfig) -> str:
+    source = domain.source
+    if isinstance(source, ReasoningGymSource):
+        origin = f"reasoning-gym {source.reasoning_gym}"
+    else:
+        origin = source.jsonl if isinstance(source, JsonlSource) else source.dataset
+    rewards = ", ".join(spec if isinstance(spec, str) else next(iter(spec)) for spec in domain.reward)
+    counts = f"{domain.train:,} problems to train, {domain.selection:,} to select, {domain.holdout:,} held out"
+    return f"{origin}; {counts}; reward {rewards}"
+
+
+def _steps(stage: SftStage | GrpoStage) -> str:
+    if isinstance(stage, SftStage):
+        return f"{stage.steps:,} steps of {stage.batch_size:,} examples"
+    return f"{stage.steps:,} steps of {stage.prompts_per_step:,} prompts with {stage.group_size:,} answers each"
+
+
+def _weights(recipe: Recipe, domain: str) -> str:
+    student = recipe.stages.student
+    assert student is not None  # called for recipes with a student
+    weight, share = student.weights.get(domain), student.shares.get(domain)
+    parts = [f"weight {weight:g}"] if weight is not None else []
+    parts += [f"share {share:g}"] if share is not None else []
+    return f" ({', '.join(parts)})" if parts else ""

@@ -1,0 +1,45 @@
+"""Reinforcement learning of one expert on its domain's verified rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from posttrain.data import Problem
+from posttrain.data.encoding import encode_prompt
+from posttrain.recipe.schema import GrpoStage
+from posttrain.stages.scoring import DomainRewards
+from posttrain.stages.work import Work
+from posttrain.trainers.jobs import GrpoJob, Prompt
+
+
+def prompts_of(work: Work, problems: list[Problem]) -> list[Prompt]:
+    """Problems as the policy sees them."""
+    return [
+        Prompt(problem.id, problem.domain, tuple(encode_prompt(work.tokenizer, problem.messages))) for problem in problems
+    ]
+
+
+def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
+    """At most `count` distinct training problems in an order of the stage's own."""
+    train = work.domains[domain].train
+    return Random(f"{work.recipe.seed}/{stage}/{domain}").sample(train, min(len(train), count))
+
+
+def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path, slot: int = 0) -> Path:
+    """Sample groups of answers, score them, learn from the differences; return the checkpoint."""
+
+    def job(output: str) -> GrpoJob:
+        problems = draw(work, name, domain, config.steps * config.prompts_per_step)
+        return GrpoJob(
+            stage=name,
+            config=config,
+            checkpoint=str(start),
+            output=output,
+            prompts=prompts_of(work, problems),
+            max_new_tokens=work.recipe.domains[domain].max_new_tokens,
+            reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems),
+        )
+
+    trainer, client = work.cluster.trainers[slot], work.cluster.client(slot)
+    return work.stage(name, config.steps, lambda output: trainer.grpo.remote(job(output), client))

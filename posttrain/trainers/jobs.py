@@ -1,0 +1,83 @@
+"""What a trainer actor is asked to do, and what it answers. Plain data: it travels between Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from posttrain.recipe.schema import GrpoStage, OpdStage, SftStage
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the policy sees it: token ids, never text."""
+
+    problem_id: str
+    domain: str
+    token_ids: tuple[int, ...]
+
+
+class Reward(Protocol):
+    """Scores completions: one reward each, and named parts of it for the log. It has to survive pickling."""
+
+    def __call__(
+        self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
+    ) -> tuple[list[float], list[dict[str, float]]]: ...
+
+
+@dataclass(frozen=True)
+class SftJob:
+    stage: str
+    config: SftStage
+    checkpoint: str
+    """The directory to start from."""
+    output: str
+    """The directory to write; it appears when it is complete."""
+    rows: Sequence[Mapping[str, Sequence[int]]]
+    """`input_ids` and `labels`, -100 where there is no loss (`posttrain.data.rows.sft_rows`)."""
+
+
+@dataclass(frozen=True)
+class GrpoJob:
+    stage: str
+    config: GrpoStage
+    checkpoint: str
+    output: str
+    prompts: Sequence[Prompt]
+    """In the order of use; reshuffled and repeated when a stage needs more."""
+    max_new_tokens: int
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class OpdJob:
+    stage: str
+    config: OpdStage
+    checkpoint: str
+    output: str
+    prompts: Mapping[str, Sequence[Prompt]]
+    """For each domain, in the order of use."""
+    teachers: Mapping[str, str]
+    """For each domain, the directory of its expert."""
+    max_new_tokens: Mapping[str, int]
+    reward: Reward | None = None
+    """Scores the student's samples for the log; the loss does not see it."""
+
+
+@dataclass
+class StageResult:
+    """What a stage did. `tokens` counts the tokens trained on (SFT: answers; else: sampled)."""
+
+    stage: str
+    checkpoint: str
+    steps: int
+    seconds: float
+    tokens: int
+    metrics: dict[str, float]
+    """The last metrics line."""
+    max_abs_logprob_diff: float | None = None
+    """Largest |trainer - sampler| log-probability over all sampled tokens of the stage."""
+    k3: float | None = None
+    """KL(sampler || trainer) by the k3 estimator, the mean over all sampled tokens of the stage."""
+    weight_sync_seconds: list[float] = field(default_factory=list)

@@ -1,0 +1,53 @@
+"""Model checkpoints for the trainers: load, save, and the weights that go to the samplers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.errors import BadInput
+from posttrain.files import atomic_directory
+
+
+def load_model(family: str, path: str | Path) -> PreTrainedModel:
+    """The causal language model in the directory `path`, in float32, ready for training.
+
+    `deepseek_v4` is this project's own implementation. It has to be named here: transformers has a model of the
+    same architecture name, which its Auto classes and TRL would silently take instead.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise BadInput(f"{path} is not a model checkpoint: there is no config.json in it")
+    if family == "deepseek_v4":
+        from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+        model = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=None)
+    if getattr(model, "generation_config", None) is None:
+        # TRL writes the pad token into it and reads the end-of-sequence tokens from it
+        model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id)
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. TRL needs it for the pad and end-of-sequence ids."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write model and tokenizer to the directory `path`, which appears only when it is complete."""
+    with atomic_directory(path) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def publishable_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The weights under the names that a sampling engine loads, as views of the live parameters (no copy).
+
+    A model whose engine uses other names says so in `engine_state_dict()`.
+    """
+    named = model.engine_state_dict() if hasattr(model, "engine_state_dict") else model.state_dict()
+    return {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}

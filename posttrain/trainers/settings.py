@@ -1,0 +1,67 @@
+"""What all three trainers are told alike: TRL's arguments, and the order in which prompts are used."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
+
+from posttrain.recipe.schema import OptimizerConfig
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Item = TypeVar("Item")
+
+
+def training_arguments(
+    kind: type[Arguments],
+    *,
+    directory: str,
+    updates: int,
+    batch_size: int,
+    seed: int,
+    optimizer: OptimizerConfig,
+    **more: Any,
+) -> Arguments:
+    """TRL's config of the class `kind`: on a CPU in float32, no checkpoints, no reports, one log for each update.
+
+    `batch_size` sequences make one update. Optimizer and schedule are handed to the trainer as objects; the rate is
+    in the arguments for the sake of whoever reads them.
+    """
+    on_cpu = not torch.cuda.is_available()
+    settings = {
+        "output_dir": directory,
+        "max_steps": updates,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": optimizer.lr,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu,
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": not on_cpu,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would replace the loss that is not a number by the last good one
+        "disable_tqdm": True,
+        "log_level": "error",
+        "remove_unused_columns": False,
+    }
+    return kind(**(settings | more))
+
+
+def cycle(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """`count` items: all in the given order, then again in orders shuffled by `seed`, until there are enough."""
+    taken = list(items[:count])
+    generator = random.Random(seed)
+    while len(taken) < count:
+        again = list(items)
+        generator.shuffle(again)
+        taken += again[: count - len(taken)]
+    return taken

@@ -1,0 +1,285 @@
+"""The only module that touches private parts of TRL and of transformers' Trainer.
+
+`GroupRelativeTrainer` and `OnPolicyTrainer` turn TRL's trainers into ones with a small public surface: prompts
+are token ids, completions come from an object that is handed in, and subclasses override methods of ours.
+`broken_contracts` says what a new version of TRL has changed under us; tests/test_trl_seam.py asserts that it is empty.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import trl.import_utils as trl_imports
+from torch import Tensor
+from transformers import PreTrainedModel, PrinterCallback, Trainer
+
+_is_vllm_available = trl_imports.is_vllm_available
+# TRL loads all of vLLM on import if it is there (180 MB and 4 s), for a client that is never used here.
+trl_imports.is_vllm_available = lambda min_version=None: False
+try:
+    from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import add_fused_lm_head
+finally:
+    trl_imports.is_vllm_available = _is_vllm_available
+
+__all__ = [
+    "Batch",
+    "DistillationConfig",
+    "GRPOConfig",
+    "GroupRelativeTrainer",
+    "OnPolicyTrainer",
+    "SFTConfig",
+    "SupervisedTrainer",
+    "broken_contracts",
+    "sampled_logps",
+]
+
+Batch = dict[str, Any]
+
+PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
+    GRPOTrainer._tokenize_prompts: ("self", "prompts"),
+    GRPOTrainer._generate_and_score_completions: ("self", "inputs"),
+    GRPOTrainer._compute_loss: ("self", "model", "inputs"),
+    GRPOTrainer._get_per_token_logps_and_entropies: (
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+        *("compute_entropy", "compute_aux_loss"),
+    ),
+    DistillationTrainer._tokenize_prompts: ("self", "prompts"),
+    DistillationTrainer._generate_and_score_completions: ("self", "inputs"),
+    DistillationTrainer._prepare_inputs: ("self", "generation_batch"),
+    DistillationTrainer._compute_loss: ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
+    SFTTrainer._send_telemetry: ("self",),
+    Trainer.compute_loss: ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    ChunkedDivergenceFunction.forward: (
+        *("ctx", "student_hidden", "student_weight", "student_bias"),
+        *("teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature"),
+    ),
+    ChunkedLogProbFunction.forward: (
+        *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+        *("final_logit_softcapping", "logit_scale", "outputs"),
+    ),
+    add_fused_lm_head: ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+}
+"""Functions that are overridden or called, with the leading parameters that we rely on."""
+
+SOURCE: dict[Callable[..., Any], tuple[str, ...]] = {
+    GRPOTrainer._generate_single_turn: (
+        "self.use_vllm",
+        "self._last_loaded_step",
+        "self.vllm_generation.sync_weights()",
+        "_, completion_ids, logprobs, _ = self.vllm_generation.generate(",
+    ),
+    DistillationTrainer._generate_single_turn: (
+        "self.use_vllm",
+        "self._last_loaded_step",
+        "self.vllm_generation.sync_weights()",
+        "self.vllm_generation.generate(",
+    ),
+    GRPOTrainer._generate_and_score_completions: (
+        '"old_per_token_logps"',
+        '"sampling_per_token_logps"',
+        "self.vllm_importance_sampling_correction",
+        "self.beta != 0.0",
+        "self.ref_model",
+    ),
+    GRPOTrainer._compute_loss: ('inputs["ref_per_token_logps"]', "self.beta", "self.use_vllm"),
+    GRPOTrainer._prepare_inputs: ("self.args.steps_per_generation", "shuffle_sequence_dict(generation_batch)"),
+    DistillationTrainer.compute_loss: ("self._forward_redirection(", "loss, entropy_sum, num_valid_tokens ="),
+}
+"""Functions of TRL that run unchanged, with fragments of their source that our use of them depends on."""
+
+
+def broken_contracts() -> list[str]:
+    """What the installed TRL does differently from the one that this module was written for; empty when nothing."""
+    found = []
+    for function, expected in PARAMETERS.items():
+        actual = tuple(inspect.signature(function).parameters)[: len(expected)]
+        if actual != expected:
+            found.append(f"{function.__qualname__} has the parameters {actual}; this project needs {expected}")
+    for function, fragments in SOURCE.items():
+        source = inspect.getsource(function)
+        found += [
+            f"the source of {function.__qualname__} no longer contains `{fragment}`"
+            for fragment in fragments
+            if fragment not in source
+        ]
+    return found
+
+
+class Generation(Protocol):
+    """What TRL asks of its vLLM client; ours talks to the rollout workers instead."""
+
+    def sync_weights(self) -> None: ...
+
+    def generate(
+        self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]: ...
+
+
+def inject_generation(trainer: GRPOTrainer | DistillationTrainer, generation: Generation) -> None:
+    """Make `trainer` sample through `generation`, as if it were TRL's own vLLM client.
+
+    TRL then publishes the weights once for each step that generates, and in GRPO corrects for the difference
+    between the sampler's log-probabilities and its own.
+    """
+    trainer.use_vllm = True
+    trainer.vllm_generation = generation
+    trainer._last_loaded_step = -1
+
+
+def quiet(trainer: Trainer) -> None:
+    """Take away the callback that prints every log to the terminal."""
+    trainer.remove_callback(PrinterCallback)
+
+
+class GroupRelativeTrainer(GRPOTrainer):
+    """TRL's GRPO on prompts of token ids (column `prompt`), without a forward pass that it does twice.
+
+    Override `batch_scored`.
+    """
+
+    beta: float
+
+    def __init__(
+        self, *args: Any, generation: Generation, reference: PreTrainedModel | None, beta: float, **kwargs: Any
+    ) -> None:
+        self._kept_forward: tuple[Tensor, Tensor] | None = None
+        self._kept_rows: Tensor | None = None
+        super().__init__(*args, **kwargs)
+        if self.beta != 0.0:
+            raise ValueError("give beta to the trainer, not to GRPOConfig: TRL would load the reference by itself")
+        inject_generation(self, generation)
+        quiet(self)
+        if beta:
+            # TRL loads a reference from the config's architecture name, which is another class than ours
+            add_fused_lm_head(reference, temperature=self.temperature)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.beta = beta
+        self._keeps_forward = (
+            self.accelerator.num_processes == 1
+            and not self.args.gradient_checkpointing
+            and self.args.gradient_accumulation_steps == self.args.steps_per_generation == 1
+        )
+
+    def batch_scored(self, trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor) -> None:
+        """Called for every generated batch: log-probabilities of the sampled tokens on both sides, mask 1 on tokens."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
+        output = super()._generate_and_score_completions(inputs)
+        output["row"] = torch.arange(len(inputs))  # TRL shuffles the rows afterwards
+        self.batch_scored(output["old_per_token_logps"], output["sampling_per_token_logps"], output["completion_mask"])
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, but the forward pass for the old log-probabilities serves the first update on the batch as well.
+
+        TRL computes them without gradients right after generation, and then the same numbers again in the loss.
+        """
+        parent = super()._get_per_token_logps_and_entropies
+        inputs = (model, input_ids, attention_mask, logits_to_keep)
+        if self._keeps_forward and model is self.model and model.training:
+            if not torch.is_grad_enabled():
+                with torch.enable_grad():
+                    logps_BT, entropies_BT, _ = parent(*inputs, compute_entropy=True)
+                self._kept_forward = logps_BT, entropies_BT
+                return logps_BT.detach(), None, None
+            if self._kept_forward is not None:
+                logps_BT, entropies_BT = self._kept_forward
+                self._kept_forward = None
+                return logps_BT[self._kept_rows], entropies_BT[self._kept_rows], None
+        return parent(*inputs, batch_size, compute_entropy, compute_aux_loss, **kwargs)
+
+    def _compute_loss(self, model: PreTrainedModel, inputs: Batch) -> Tensor:
+        self._kept_rows = inputs["row"]
+        return super()._compute_loss(model, inputs)
+
+
+class OnPolicyTrainer(DistillationTrainer):
+    """TRL's on-policy distillation on prompts of token ids (column `prompt`), with the teachers left to a subclass.
+
+    Override `batch_generated` and `divergence_loss`. One generated batch is one update.
+    """
+
+    def __init__(self, *args: Any, generation: Generation, **kwargs: Any) -> None:
+        super().__init__(*args, teacher_model=None, **kwargs)
+        if self.args.gradient_accumulation_steps != 1:
+            raise ValueError("rows are ordered by teacher within one update: gradient_accumulation_steps must be 1")
+        inject_generation(self, generation)
+        quiet(self)
+
+    def batch_generated(self, inputs: Sequence[Batch]) -> None:
+        """Called after every generation with the rows of the data set, in the order of the samples."""
+
+    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, and the sum of the student's entropies, from the student's hidden states.
+
+        `hidden_BTH` are the states that predict `inputs["completion_ids"]` (right-padded, `completion_mask`);
+        `head_VH` is the weight of the language-model head.
+        """
+        raise TypeError(f"{type(self).__name__} does not define divergence_loss")
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
+        output = super()._generate_and_score_completions(inputs)
+        self.batch_generated(inputs)
+        return output
+
+    def _prepare_inputs(self, generation_batch: list[Batch]) -> Batch:
+        """TRL's without its shuffle: samples stay ordered by teacher."""
+        return self._generate_and_score_completions(generation_batch)
+
+    def _compute_loss(
+        self, unwrapped_student: PreTrainedModel, inputs: Batch, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        # the backbone alone: TRL's own helper passes arguments that belong to the model with a head
+        output = unwrapped_student.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        length = inputs["completion_ids"].size(1)
+        hidden_BTH = output.last_hidden_state[:, -length:]
+        head_VH = unwrapped_student.get_output_embeddings().weight
+        loss, entropy = self.divergence_loss(hidden_BTH, head_VH, inputs)
+        return loss, entropy, inputs["completion_mask"].sum()
+
+
+class SupervisedTrainer(SFTTrainer):
+    """TRL's SFT on rows of `input_ids` and `labels`, taken as they are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        quiet(self)
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+
+def sampled_logps(hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each target under `softmax(hidden @ head.T / temperature)`, in tiles. Shape [N]."""
+    chunk = head_VH.size(0)
+    return ChunkedLogProbFunction.apply(hidden_NH, head_VH, None, targets_N, temperature, chunk, None, 1.0, ())[0]

@@ -1,0 +1,193 @@
+"""Rewards put together: a weighted sum whose every part is kept."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import BadInput
+from rewards import functions
+
+if TYPE_CHECKING:
+    from posttrain.data.problems import Problem
+
+JUDGES = ("exact", "verifier", "numeric", "math_verify")
+"""Rewards that say whether an answer is right: one of them, or a function of the user's, comes first."""
+SHAPERS = ("format", "length")
+"""Rewards that shape an answer whoever is right."""
+
+RewardFunction = Callable[..., float]
+Spec = str | Mapping[str, Mapping[str, Any]]
+"""`exact`, or `{length: {weight: 0.1, target: 20, limit: 40}}`."""
+
+
+def known_rewards() -> list[str]:
+    """The names that a recipe can use besides `package.module:function`."""
+    return [*JUDGES, *SHAPERS]
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """The score of one answer."""
+
+    total: float
+    """The weighted sum of the parts; 0 if a reward failed."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What each reward said, before its weight."""
+    correct: bool = False
+    """Whether the answer counts for pass@1: the first reward gave exactly 1."""
+    error: str | None = None
+    """Which reward failed and how. Such a sample says nothing of the model."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward of a sum."""
+
+    name: str
+    function: RewardFunction
+    parameters: dict[str, Any]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A weighted sum of rewards; the first one decides what is correct."""
+
+    parts: tuple[Part, ...]
+
+    def score(self, problem: Problem, text: str, token_ids: Sequence[int], finish_reason: str) -> RewardResult:
+        """Score one answer. A reward that raises or returns no finite number marks the sample, never the run.
+
+        Args:
+            text: the answer without its end token.
+            token_ids: the sampled tokens, with the end token if there was one.
+            finish_reason: `stop` or `length`.
+        """
+        values: dict[str, float] = {}
+        for part in self.parts:
+            try:
+                value = float(part.function(problem, text, token_ids, finish_reason, **part.parameters))
+            except Exception as error:
+                return RewardResult(0.0, values, error=f"{part.name}: {type(error).__name__}: {error}")
+            if not math.isfinite(value):
+                return RewardResult(0.0, values, error=f"{part.name}: returned {value}")
+            values[part.name] = value
+        total = sum(part.weight * values[part.name] for part in self.parts)
+        # Not "nearly 1", nor "at least 1": reasoning-gym's partial credit for nine right letters out of nine and one
+        # too many is nine ninths, 1.0000000000000002. Its right answers get a literal 1.
+        return RewardResult(total, values, correct=values[self.parts[0].name] == 1.0)
+
+
+def build(specs: Sequence[Spec], where: str = "reward") -> Scorer:
+    """Put the rewards of a recipe together.
+
+    Args:
+        specs: a name, or `{name: {weight: ..., parameter: ...}}`. A name with a colon is a function of the user's,
+            `package.module:function`; it is imported.
+        where: the recipe's key, for error messages.
+
+    Raises:
+        BadInput: an unknown reward or parameter, a function that cannot be imported, or a first reward that does
+            not judge answers.
+    """
+    parts = [_build_part(spec, f"{where}[{index}]") for index, spec in enumerate(specs)]
+    if not parts:
+        raise BadInput(f"{where}: give at least one of {', '.join(known_rewards())}")
+    names = [part.name for part in parts]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"{where}: {name} is there {names.count(name)} times")
+    if names[0] in SHAPERS:
+        raise BadInput(f"{where}: {names[0]} cannot be first; the first reward decides what is correct ({_judges()})")
+    return Scorer(tuple(parts))
+
+
+def check(scorer: Scorer, problem: Problem, where: str = "reward") -> None:
+    """Try the rewards on a problem's reference answer: it must count as correct, and nothing else may.
+
+    Raises:
+        BadInput: a reward fails on it, or calls the reference wrong or an empty answer right.
+    """
+    good = scorer.score(problem, problem.answer, [], "stop")
+    if good.error:
+        raise BadInput(f"{where} fails on the reference answer {problem.answer!r} of {problem.id}: {good.error}")
+    if not good.correct:
+        raise BadInput(
+            f"{where}: {scorer.parts[0].name} gives the reference answer {problem.answer!r} of {problem.id} "
+            f"{good.parts[scorer.parts[0].name]}, not 1: no answer could count as correct"
+        )
+    if scorer.score(problem, "", [], "stop").correct:
+        raise BadInput(f"{where}: {scorer.parts[0].name} calls an empty answer to {problem.id} correct")
+
+
+def _judges() -> str:
+    return f"{', '.join(JUDGES)} or package.module:function"
+
+
+def _build_part(spec: Spec, where: str) -> Part:
+    if isinstance(spec, str):
+        name, options = spec, {}
+    elif isinstance(spec, Mapping) and len(spec) == 1:
+        name, given = next(iter(spec.items()))
+        if not isinstance(given, Mapping):
+            raise BadInput(f"{where}: the options of {name} are `key: value` pairs, not {given!r}")
+        options = dict(given)
+    else:
+        raise BadInput(f"{where}: a reward is a name or {{name: {{options}}}}, not {spec!r}")
+    weight = options.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        raise BadInput(f"{where}: the weight of {name} is a number of at least 0, not {weight!r}")
+    function = _import_function(name, where) if ":" in name else _known_function(name, where)
+    _check_parameters(name, function, options, where)
+    return Part(name, function, options, float(weight))
+
+
+def _known_function(name: str, where: str) -> RewardFunction:
+    if name not in known_rewards():
+        similar = difflib.get_close_matches(name, known_rewards(), n=1)
+        hint = f" (did you mean {similar[0]}?)" if similar else ""
+        raise BadInput(
+            f"{where}: there is no reward {name!r}{hint}; there are {', '.join(known_rewards())} and "
+            "package.module:function"
+        )
+    return getattr(functions, name)
+
+
+def _import_function(path: str, where: str) -> RewardFunction:
+    module_name, _, function_name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise BadInput(f"{where}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise BadInput(f"{where}: {path} is not a function")
+    return function
+
+
+def _check_parameters(name: str, function: RewardFunction, options: Mapping[str, Any], where: str) -> None:
+    """The options fit the function's signature, and for the project's own rewards also their meaning."""
+    try:
+        inspect.signature(function).bind(None, "", [], "stop", **options)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where}: {name} does not take these options: {error}") from error
+    if name == "length":
+        target, limit = options["target"], options["limit"]
+        if not (isinstance(target, int) and isinstance(limit, int) and 0 <= target < limit):
+            raise BadInput(f"{where}: length needs whole numbers 0 <= target < limit, not {target!r} and {limit!r}")
+    if name == "numeric":
+        tolerance = options.get("tolerance", 0.0)
+        if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+            raise BadInput(f"{where}: the tolerance of numeric is a number in [0, 1), not {tolerance!r}")
+    if name == "format":
+        import regex
+
+        try:
+            regex.compile(options["pattern"])
+        except (regex.error, TypeError) as error:
+            raise BadInput(f"{where}: the pattern {options['pattern']!r} is no regular expression: {error}") from error

@@ -1,0 +1,229 @@
+"""GRPO: exact prompts, the loss and its gradient, and learning from a reward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from posttrain.errors import RunFailed
+from posttrain.recipe.schema import GrpoStage, OptimizerConfig
+from posttrain.trainers.generation import LogprobDifference, cut
+from posttrain.trainers.grpo import train_grpo
+from posttrain.trainers.jobs import GrpoJob
+from posttrain.trainers.progress import Progress
+from posttrain.trainers.settings import cycle
+from posttrain.trainers.trl_seam import GroupRelativeTrainer, GRPOTrainer
+from rollouts.types import Completion, Sampling
+from tests.trainers_kit import LETTERS, LocalClient, Recorder, prompts, tiny_model, tiny_tokenizer, tokens
+
+TARGET = tokens("e")[0]
+TEXTS = ["what?", "say something", "a", "hello 1234", "b=", "why not?"]
+
+
+def share_of_target(
+    problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
+) -> tuple[list[float], list[dict[str, float]]]:
+    rewards = [sum(token == TARGET for token in tokens) / len(tokens) for tokens in completion_ids]
+    return rewards, [{"share": reward} for reward in rewards]
+
+
+class Gradients(Progress):
+    """Keeps the gradient of the first update."""
+
+    gradient: torch.Tensor | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if self.gradient is None:
+            self.gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def train(
+    model: torch.nn.Module, client: LocalClient | None = None, reward=share_of_target, max_new_tokens: int = 6, **config
+):  # type: ignore[no-untyped-def]
+    settings = {"kind": "grpo", "steps": 1, "prompts_per_step": 4, "group_size": 4} | config
+    stage = GrpoStage(**settings)
+    recorder = Recorder()
+    progress = Gradients(recorder, "expert/d/grpo", stage.steps, stage.updates_per_batch)
+    client = client or LocalClient(copy.deepcopy(model))
+    job = GrpoJob("expert/d/grpo", stage, "", "", prompts("d", TEXTS), max_new_tokens, reward)
+    result = train_grpo(model, tiny_tokenizer(), job, client, 5, progress)
+    return recorder, progress, client, result
+
+
+def test_the_sampler_gets_every_prompt_once_with_its_exact_tokens() -> None:
+    _, _, client, _ = train(tiny_model(0), steps=2, temperature=0.7)
+    (first, sampling), (second, _) = client.calls
+    assert first == [list(tokens(text)) for text in TEXTS[:4]]
+    assert second[:2] == [list(tokens(text)) for text in TEXTS[4:]]  # then the list starts again, in another order
+    assert (sampling.n, sampling.temperature, sampling.max_tokens) == (4, 0.7, 6)
+    assert client.calls[0][1].seed != client.calls[1][1].seed
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_the_gradient_is_the_one_computed_by_hand(loss_type: str, scale_rewards: str) -> None:
+    model = tiny_model(0)
+    start, client = copy.deepcopy(model), LocalClient(copy.deepcopy(model))
+    sampled: list[Completion] = []
+    original = client.generate
+
+    def generate(prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        groups = original(prompts, sampling)
+        sampled.extend(sample for group in groups for sample in group)
+        return groups
+
+    client.generate = generate  # type: ignore[method-assign]
+    optimizer = OptimizerConfig(lr=1e-6, max_grad_norm=1e9)
+    recorder, progress, _, _ = train(
+        model, client, loss_type=loss_type, scale_rewards=scale_rewards, optimizer=optimizer
+    )
+
+    rewards = torch.tensor(share_of_target([], [sample.token_ids for sample in sampled], [])[0]).view(4, 4)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    terms = []
+    for index, (sample, advantage) in enumerate(zip(sampled, advantages.flatten(), strict=True)):
+        prompt = list(tokens(TEXTS[index // 4]))
+        input_ids = torch.tensor([prompt + sample.token_ids])
+        logits = start(input_ids=input_ids).logits[0, len(prompt) - 1 : -1]
+        logps = torch.log_softmax(logits, dim=-1)[range(len(sample.token_ids)), sample.token_ids]
+        terms.append(-advantage * torch.exp(logps - logps.detach()))
+    count = sum(map(len, terms))
+    loss = {
+        "grpo": torch.stack([term.mean() for term in terms]).mean(),
+        "dapo": torch.cat(terms).sum() / count,
+        "bnpo": torch.cat(terms).sum() / count,
+        "dr_grpo": torch.cat(terms).sum() / (len(terms) * 6),
+    }[loss_type]
+    loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in start.parameters()])
+    assert expected.norm() > 1e-3
+    assert (progress.gradient - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max())
+    assert recorder.lines[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_leaving_out_the_second_forward_pass_changes_nothing(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = tiny_model(0), tiny_model(0)
+    optimizer = OptimizerConfig(lr=1e-2)
+    train(ours, steps=2, updates_per_batch=updates, beta=0.1, optimizer=optimizer)
+    monkeypatch.setattr(
+        GroupRelativeTrainer, "_get_per_token_logps_and_entropies", GRPOTrainer._get_per_token_logps_and_entropies
+    )
+    train(theirs, steps=2, updates_per_batch=updates, beta=0.1, optimizer=optimizer)
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(left, right, atol=2e-5)
+
+
+def test_the_reward_rises() -> None:
+    recorder, progress, _, (difference, published) = train(
+        tiny_model(0), steps=25, prompts_per_step=4, group_size=8, optimizer=OptimizerConfig(lr=1e-2)
+    )
+    rewards = [line["reward"] for line in recorder.lines]
+    assert sum(rewards[-5:]) / 5 > 0.5 > 0.1 > sum(rewards[:2]) / 2
+    assert recorder.lines[-1]["reward/share"] == pytest.approx(rewards[-1])
+    assert difference.largest < 1e-4
+    assert len(published) == 25
+    assert progress.tokens == difference.tokens
+    for name in ("entropy", "zero_std_groups", "clip_fraction", "completion_length", "logprob_k3", "tokens_per_second"):
+        assert name in recorder.lines[0]
+
+
+def test_several_updates_on_a_batch_count_as_one_step() -> None:
+    recorder, _, client, (_, published) = train(tiny_model(0), steps=3, updates_per_batch=2)
+    assert [line["step"] for line in recorder.lines] == [1, 2, 3]
+    assert len(client.calls) == len(published) == 3
+
+
+def test_the_penalty_is_measured_against_the_initial_policy() -> None:
+    optimizer = OptimizerConfig(lr=1e-2)
+    strict, _, _, _ = train(tiny_model(0), steps=12, beta=1.0, optimizer=optimizer)
+    loose, _, _, _ = train(tiny_model(0), steps=12, beta=1e-6, optimizer=optimizer)
+    assert strict.lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0 < strict.lines[-1]["kl"] < loose.lines[-1]["kl"] / 2
+
+
+def test_rewards_belong_to_the_right_problems() -> None:
+    class Echo(LocalClient):
+        def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+            return [[Completion([prompt[0], 1], [-1.0, -1.0], "stop", self.version)] * sampling.n for prompt in prompts]
+
+    seen = []
+
+    def reward(problem_ids, completion_ids, finish_reasons):  # type: ignore[no-untyped-def]
+        seen.extend(zip(problem_ids, completion_ids, finish_reasons, strict=True))
+        return [0.0] * len(problem_ids), [{}] * len(problem_ids)
+
+    model = tiny_model(0)
+    train(model, Echo(copy.deepcopy(model)), reward)
+    assert len(seen) == 16
+    for problem_id, completion, finish_reason in seen:
+        assert completion == [tokens(TEXTS[int(problem_id.removeprefix("d/"))])[0], 1]
+        assert finish_reason == "stop"
+
+
+class Changed(LocalClient):
+    """Returns completions with some fields replaced."""
+
+    def __init__(self, model: torch.nn.Module, **fields: object) -> None:
+        super().__init__(model)
+        self.fields = fields
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        return [[replace(sample, **self.fields) for sample in group] for group in super().generate(prompts, sampling)]
+
+
+def test_a_sample_from_stale_weights_stops_the_stage() -> None:
+    model = tiny_model(0)
+    with pytest.raises(RunFailed, match="comes from weight version 0; the trainer published 1"):
+        train(model, Changed(copy.deepcopy(model), weight_version=0))
+
+
+def test_an_empty_completion_stops_the_stage() -> None:
+    model = tiny_model(0)
+    with pytest.raises(RunFailed, match="sample 0 of weight version 1 has 0 tokens"):
+        train(model, Changed(copy.deepcopy(model), token_ids=[], logprobs=[]))
+
+
+def test_a_sampler_that_disagrees_is_measured() -> None:
+    class Shifted(LocalClient):
+        def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+            groups = super().generate(prompts, sampling)
+            return [
+                [replace(sample, logprobs=[value - 0.01 for value in sample.logprobs]) for sample in group]
+                for group in groups
+            ]
+
+    model = tiny_model(0)
+    recorder, _, _, (difference, _) = train(model, Shifted(copy.deepcopy(model)))
+    assert difference.largest == pytest.approx(0.01, abs=1e-4)
+    assert recorder.lines[0]["logprob_diff_max"] == pytest.approx(0.01, abs=1e-4)
+    assert difference.k3 == pytest.approx(torch.expm1(torch.tensor(0.01)).item() - 0.01, rel=0.05)
+
+
+def test_the_k3_estimate_is_the_mean_over_all_tokens() -> None:
+    difference = LogprobDifference()
+    difference.add(torch.tensor([0.5]), torch.tensor([0.0]))
+    difference.add(torch.tensor([0.0, -1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0]))
+    expected = (torch.expm1(torch.tensor([0.5, -1.0])) - torch.tensor([0.5, -1.0])).sum() / 4
+    assert difference.k3 == pytest.approx(expected.item())
+    assert (difference.largest, difference.tokens) == (1.0, 4)
+
+
+def test_prompts_are_used_in_order_and_then_reshuffled() -> None:
+    taken = cycle(LETTERS, 3 * len(LETTERS), seed=0)
+    rounds = [taken[i : i + len(LETTERS)] for i in range(0, len(taken), len(LETTERS))]
+    assert rounds[0] == list(LETTERS)
+    assert all(sorted(one) == sorted(LETTERS) for one in rounds)
+    assert rounds[1] != rounds[0] != rounds[2]
+
+
+def test_a_completion_is_cut_to_a_lower_limit() -> None:
+    completion = Completion([4, 5, 6, 1], [-1.0, -2.0, -3.0, -4.0], "stop", 2)
+    assert cut(completion, 4) is completion
+    assert cut(completion, 2) == Completion([4, 5], [-1.0, -2.0], "length", 2)

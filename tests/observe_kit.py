@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from posttrain.observe.intervals import binomial_interval
 from posttrain.observe.metrics import MetricsLog
+from posttrain.recipe import Recipe, resolved_yaml
 
 START = 1_700_000_000.0
 ENVIRONMENT = {
@@ -26,24 +25,20 @@ ENVIRONMENT = {
 }
 ACCURACY = {"base": 0.22, "sft": 0.58, "grpo": 0.86, "student": 0.85}
 SECONDS = {"base": 95.0, "sft": 48.0, "grpo": 190.0, "student": 210.0}
+TOKENS = 240_000
+"""Tokens that every stage trained on."""
 
 Record = dict[str, Any]
 
 
-def recipe(domains: tuple[str, ...]) -> dict[str, Any]:
-    """A resolved recipe, as far as the report reads it."""
-    return {
-        "name": "tiny-v4",
-        "seed": 7,
-        "model": {"family": "deepseek_v4", "config": "tiny"},
-        "rollout": {"engine": "native", "dtype": "float32"},
-        "domains": {domain: {"source": {"reasoning_gym": "chain_sum"}, "reward": ["exact"]} for domain in domains},
-        "stages": {
-            "base": {"kind": "sft", "steps": 120},
-            "experts": {"per_domain": [{"kind": "sft", "steps": 60}, {"kind": "grpo", "steps": 100}], "overrides": {}},
-            "student": {"kind": "opd", "steps": 150},
-        },
-    }
+def recipe(domains: tuple[str, ...] = ("arithmetic", "letters"), **stages: Any) -> Recipe:
+    """A recipe of base, SFT and GRPO in each domain, and a student; `stages` replaces some of them."""
+    chain = [{"kind": "sft", "steps": 60}, {"kind": "grpo", "steps": 100}]
+    student = {"kind": "opd", "steps": 150}
+    stages = {"base": {"kind": "sft", "steps": 120}, "experts": {"per_domain": chain}, "student": student, **stages}
+    source = {"source": {"reasoning_gym": "chain_sum"}}
+    fields = {"domains": dict.fromkeys(domains, source), "stages": stages, "model": {"config": "tiny"}}
+    return Recipe.model_validate({"name": "tiny-v4", "seed": 7, **fields})
 
 
 def finished_run(domains: tuple[str, ...] = ("arithmetic", "letters"), seed: int = 0) -> list[Record]:
@@ -70,10 +65,10 @@ def finished_run(domains: tuple[str, ...] = ("arithmetic", "letters"), seed: int
     return sorted(records, key=lambda record: record["time"])
 
 
-def write_run(directory: Path, records: list[Record], domains: tuple[str, ...] = ("arithmetic", "letters")) -> Path:
-    """Make `directory` a run directory with these records."""
+def write_run(directory: Path, records: list[Record], of: Recipe | None = None) -> Path:
+    """Make `directory` a run directory of that recipe with these records."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe(domains), sort_keys=False))
+    (directory / "recipe.yaml").write_text(resolved_yaml(of or recipe()))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return directory
 
@@ -90,9 +85,12 @@ def _stage(generator: random.Random, name: str, steps: int, start: float, domain
     yield {"time": start, "event": "stage_started", "stage": name, "steps": steps}
     for step in range(1, steps + 1):
         metrics = _metrics(generator, kind, step / steps, domains)
+        metrics |= {"seconds_step": seconds / steps, "tokens_per_second": TOKENS / seconds}
+        if kind in ("grpo", "student"):
+            metrics["seconds_generate"] = 0.6 * seconds / steps
         yield {"time": start + seconds * step / steps, "stage": name, "step": step, "steps": steps, "metrics": metrics}
     if kind in ("grpo", "student"):
-        facts = {"tokens": 240_000, "seconds": seconds * 0.6, "max_abs_logprob_diff": 3.1e-6, "k3": 4.2e-9}
+        facts = {"max_abs_logprob_diff": 3.1e-6, "k3": 4.2e-9}
         syncs = [0.11 + 0.01 * index for index in range(5)]
         yield {"time": start + seconds, "event": "rollout_stats", "stage": name, **facts, "weight_sync_seconds": syncs}
     checkpoint = f"runs/tiny-v4/checkpoints/{name.replace('/', '--')}"

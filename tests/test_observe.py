@@ -26,9 +26,9 @@ from posttrain.observe.intervals import accuracy_interval, binomial_interval
 from posttrain.observe.metrics import MetricsFollower, MetricsLog, read_metrics
 from posttrain.observe.progress import LiveProgress, PlainLines, live_table, seconds_left
 from posttrain.observe.resources import ResourceMonitor, kind_of_command
-from posttrain.observe.runview import RunView, planned_stages
+from posttrain.observe.runview import RunView
 from posttrain.observe.words import duration, number, percent, points, size
-from tests.observe_kit import START, finished_run, recipe, write_many
+from tests.observe_kit import SECONDS, START, finished_run, recipe, write_many
 
 # --- metrics.jsonl
 
@@ -150,16 +150,6 @@ def test_the_interval_of_problem_means_covers_the_truth_in_95_of_100_cases() -> 
 # --- the view of a run
 
 
-def test_the_stages_of_a_recipe_are_planned_in_order() -> None:
-    plan = recipe(("arithmetic", "letters"))
-    plan["stages"]["experts"]["overrides"] = {"letters": [{"kind": "grpo"}]}
-    expected = ["base", "expert/arithmetic/sft", "expert/arithmetic/grpo", "expert/letters/grpo", "student"]
-    assert planned_stages(plan) == expected
-    plan["stages"]["student"] = None
-    assert planned_stages(plan) == expected[:-1]
-    assert planned_stages({}) == ["base", "student"]
-
-
 def test_a_stage_that_starts_again_forgets_the_steps_of_the_first_attempt() -> None:
     def step(time: float, number: int, loss: float) -> dict:
         return {"time": time, "stage": "base", "step": number, "steps": 4, "metrics": {"loss": loss}}
@@ -235,12 +225,28 @@ def test_a_loss_that_is_not_finite_is_announced() -> None:
 
 
 def test_the_whole_run_is_estimated_from_stages_of_the_same_kind() -> None:
-    plan = planned_stages(recipe(("arithmetic", "letters")))
-    now = START + 5 + 95.0 / 2
-    view = RunView.of([record for record in finished_run() if record["time"] <= now], plan)
-    # Half of base's 95 s are left; three more stages in a row, of which nothing is known but base.
-    assert seconds_left(view, now) == pytest.approx(95 / 2 + 3 * 95, rel=0.05)
-    assert seconds_left(RunView(plan), now) is None
+    plan = recipe().stage_names()
+    records = finished_run()
+
+    def at(now: float, slots: int) -> float | None:
+        return seconds_left(RunView.of([record for record in records if record["time"] <= now], plan), now, slots)
+
+    half = START + 5 + SECONDS["base"] / 2
+    # Half of base is left; then come three stages in a row (five with one slot), of which nothing is known but base.
+    assert at(half, slots=2) == pytest.approx(3.5 * SECONDS["base"], rel=0.05)
+    assert at(half, slots=1) == pytest.approx(5.5 * SECONDS["base"], rel=0.05)
+    student = next(record["time"] for record in records if record.get("stage") == "student") + SECONDS["student"] / 2
+    assert at(student, slots=2) == pytest.approx(SECONDS["student"] / 2, rel=0.05), "only the student is left"
+    assert at(START, slots=2) is None
+
+
+def test_initial_weights_that_were_evaluated_are_not_waited_for() -> None:
+    view = RunView(["base", "student"])
+    view.add({"time": START, "event": "evaluated", "model": "base", "domain": "letters", "pass@1": 0.1, "n": 8})
+    assert view.stages["base"].status == "given"
+    for step in (1, 2, 3):
+        view.add({"time": START + step, "stage": "student", "step": step, "steps": 10, "metrics": {}})
+    assert seconds_left(view, START + 3) == pytest.approx(7)
 
 
 def _show(progress: LiveProgress, log: MetricsLog) -> None:
@@ -325,7 +331,7 @@ def test_following_a_busy_run_takes_little_processor_time(tmp_path: Path, capsys
 # --- resources
 
 HOLD = "import sys, time; block = bytearray(int(sys.argv[1]) << 20); block[::4096] = b'x' * len(block[::4096]); "
-HOLD += "print('ready', flush=True); time.sleep(60)"
+HOLD += "print('ready', flush=True); time.sleep(20)"
 
 
 def test_memory_of_children_is_counted_and_of_strangers_is_not(tmp_path: Path) -> None:
@@ -379,7 +385,7 @@ def test_a_process_whose_parent_dies_stays_counted() -> None:
 
 def test_shared_pages_count_for_each_process_in_rss_and_once_in_pss() -> None:
     script = (
-        "import os, time; block = bytearray(b'x' * (100 << 20)); os.fork(); print('ready', flush=True); time.sleep(60)"
+        "import os, time; block = bytearray(b'x' * (100 << 20)); os.fork(); os.write(1, b'ready\\n'); time.sleep(20)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None

@@ -22,7 +22,7 @@ from posttrain.observe.page.charts import Scale, Series, line_chart, thinned
 from posttrain.observe.page.markup import element, joined
 from posttrain.observe.report import build_report, write_report
 from posttrain.observe.status import final_table, render_status
-from tests.observe_kit import START, finished_run, write_run
+from tests.observe_kit import START, finished_run, recipe, write_run
 
 VOID = {"meta", "wbr", "line", "rect", "circle", "path", "polyline"}
 DOMAINS = ("arithmetic", "letters")
@@ -84,7 +84,7 @@ def test_the_report_has_what_the_contract_names(tmp_path: Path) -> None:
     write_report(run)
     report = json.loads((run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert (report["schema"], report["name"], report["seed"], report["status"]) == (1, "tiny-v4", 7, "finished")
-    assert report["recipe"]["stages"]["base"] == {"kind": "sft", "steps": 120}
+    assert report["recipe"]["stages"]["base"]["steps"] == 120 and report["recipe"]["name"] == "tiny-v4"
     assert report["wall_seconds"] == pytest.approx(600, abs=1)
     experts = [f"expert/{domain}/{kind}" for domain in DOMAINS for kind in ("sft", "grpo")]
     assert [model["name"] for model in report["models"]] == ["base", *experts, "student"]
@@ -111,6 +111,35 @@ def test_the_report_has_what_the_contract_names(tmp_path: Path) -> None:
     assert report["environment"]["packages"]["torch"] == "2.13.0"
     assert len(report["gates"]) == 2 and report["gates"][0]["passed"] is True
     assert build_report(run) == report
+
+
+def test_what_a_stage_says_of_its_rollouts_comes_before_what_its_steps_say(tmp_path: Path) -> None:
+    facts = {"tokens": 300, "seconds": 2.0, "k3": 0.5}
+    records = [
+        {"time": 1, "event": "rollout_stats", "stage": "student", "max_abs_logprob_diff": 1e-7, **facts},
+        {"time": 2, "event": "rollout_stats", "stage": "expert/letters/grpo", "tokens": 100, "seconds": 2.0, "k3": 0.1},
+        {"time": 3, "event": "weights_published", "version": 1, "seconds": 0.25},
+    ]
+    rollout = build_report(write_run(tmp_path / "run", records))["rollout"]
+    assert rollout["tokens_per_second"] == 100 and rollout["k3"] == pytest.approx(0.4)
+    assert rollout["weight_sync_seconds_median"] == 0.25
+
+
+def test_a_run_from_given_weights_and_a_dropped_expert_are_told_as_such(tmp_path: Path) -> None:
+    records = [record for record in finished_run() if record.get("stage") != "base"]
+    for record in records:
+        if record.get("event") == "gate" and record["domain"] == "letters":
+            record |= {"passed": False, "action": "drop"}
+    run = write_run(tmp_path / "run", records, recipe(base=None))
+    records = [
+        record for record in finished_run() if record.get("stage") == "base" and record.get("event") == "evaluated"
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    stages = {stage["name"]: stage["status"] for stage in build_report(run)["stages"]}
+    assert stages["base"] == "given" and stages["expert/letters/grpo"] == "dropped"
+    page = page_of(run)
+    assert "initial weights" in page.text and "– dropped" in page.text and "not passed (drop)" in page.text
 
 
 def test_the_summary_compares_base_expert_and_student() -> None:

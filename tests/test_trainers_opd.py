@@ -29,8 +29,8 @@ LIMITS = {"letters": 6, "sums": 3}
 class LocalTeachers:
     """The teachers' side in this process."""
 
-    def __init__(self) -> None:
-        self.worker = TeacherWorker("hf", budget_bytes=1 << 30)
+    def __init__(self, family: str = "hf") -> None:
+        self.worker = TeacherWorker(family, budget_bytes=1 << 30)
         self.asked: list[tuple[str, Sequence[Sequence[int]]]] = []
 
     def check_vocabulary(self, teachers: Sequence[str], student_size: int) -> None:
@@ -162,6 +162,12 @@ def test_every_sample_goes_to_its_domains_teacher_within_its_limit(experts: dict
             for sequence, prompt in zip(sequences, asked[4 * position :], strict=False):
                 assert sequence[: len(prompt)] == prompt
                 assert 1 <= len(sequence) - len(prompt) <= LIMITS[domain]
+
+
+def test_a_batch_need_not_have_every_domain(experts: dict[str, str]) -> None:
+    lines, *_ = train(tiny_model(0), experts, steps=2, batch_size=1)
+    assert {name for line in lines for name in line if name.startswith("kl/")} == {"kl/letters", "kl/sums"}
+    assert [len([name for name in line if name.startswith("kl/")]) for line in lines] == [1, 1]
 
 
 def test_rewards_are_reported_by_domain(experts: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.observe.metrics import MetricsFollower, Record
-from posttrain.observe.runview import RunView, StageView, record_time
+from posttrain.observe.runview import STATUS_MARKS, RunView, StageView, record_time
 from posttrain.observe.words import duration, number, percent
 
 POLL_SECONDS = 0.5
@@ -36,9 +36,13 @@ class LiveProgress:
     What is already in metrics.jsonl on entry (a resumed run) counts for the state, but is not announced again.
     """
 
-    def __init__(self, run_directory: str | Path, stages: Sequence[str], line_seconds: float = 10.0) -> None:
+    def __init__(
+        self, run_directory: str | Path, stages: Sequence[str], slots: int = 1, line_seconds: float = 10.0
+    ) -> None:
+        """`stages`: the planned ones, in order; `slots`: how many experts are grown side by side (for the ETA)."""
         self._directory = Path(run_directory)
         self._follower = MetricsFollower(self._directory / "metrics.jsonl")
+        self._slots = slots
         self._view = RunView(stages, keep_steps=KEPT_STEPS)
         self._lines = PlainLines(self._view, line_seconds)
         self._stop = threading.Event()
@@ -82,7 +86,7 @@ class LiveProgress:
         if self._live is not None:
             if last or time.monotonic() >= self._next_drawing:
                 self._next_drawing = time.monotonic() + DRAW_SECONDS
-                table = live_table(self._view, time.time(), self._live.console.width)
+                table = live_table(self._view, time.time(), self._live.console.width, self._slots)
                 self._live.update(table, refresh=True)
         elif lines:
             with contextlib.suppress(BrokenPipeError):  # nobody reads any more; log.txt still has it
@@ -145,6 +149,8 @@ class PlainLines:
             return f"gate of {stage}: {verdict}, {values}, needed gain {percent(record.get('min_gain'))}"
         if event == "warning":
             return f"warning: {self._view.warnings[-1]}"
+        if event == "dashboard":
+            return f"Ray's dashboard: {record.get('address')}"
         if event == "run_started":
             return "run started"
         if event == "run_finished":
@@ -160,21 +166,25 @@ def _measures(stage: StageView) -> list[str]:
 
 STATUS_STYLES = {
     "pending": "dim",
+    "given": "green",
     "running": "bold cyan",
     "finished": "green",
     "failed": "bold red",
     "interrupted": "yellow",
+    "dropped": "yellow",
 }
 WIDE = 100
 """Columns that a terminal needs for the whole table; on a narrower one `steps/s` and `loss` are left out."""
 
 
-def live_table(view: RunView, now: float, width: int) -> Table:
+def live_table(view: RunView, now: float, width: int, slots: int = 1) -> Table:
     """A row a stage: status, step, rate, ETA, loss, reward, KL, accuracy, seconds.
 
     The accuracy is the held-out pass@1 in an expert's own domain, of other models the mean over the domains.
     """
-    table = Table(title=_headline(view, now), title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=_headline(view, now, slots), title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0)
+    )
     table.add_column("stage", no_wrap=True)
     names = ["step", "steps/s", "ETA", "loss", "reward", "KL", "accuracy", "time"]
     hidden = set() if width >= WIDE else {"steps/s", "loss"}
@@ -183,7 +193,7 @@ def live_table(view: RunView, now: float, width: int) -> Table:
             table.add_column(name, justify="right", no_wrap=True)
     for stage in view.stages.values():
         cells = dict(zip(names, _cells(view, stage, now), strict=True))
-        first = Text(f"{_MARKS[stage.status]} {stage.name}", style=STATUS_STYLES[stage.status])
+        first = Text(f"{STATUS_MARKS[stage.status]} {stage.name}", style=STATUS_STYLES[stage.status])
         table.add_row(first, *(cell for name, cell in cells.items() if name not in hidden))
     return table
 
@@ -201,19 +211,16 @@ def _cells(view: RunView, stage: StageView, now: float) -> list[str]:
         duration(left) if left is not None else "",
         *(number(latest[key]) if key in latest else "" for key in ("loss", "reward", "kl")),
         percent(shown) if shown is not None else "",
-        "" if stage.status == "pending" else duration(stage.seconds(now)),
+        "" if stage.started is None else duration(stage.seconds(now)),
     ]
 
 
-_MARKS = {"pending": "·", "running": "▶", "finished": "✓", "failed": "✗", "interrupted": "!"}
-
-
-def _headline(view: RunView, now: float) -> Text:
+def _headline(view: RunView, now: float, slots: int) -> Text:
     elapsed = view.seconds or 0.0
     if view.finish is None and view.attempts:
         elapsed += max(0.0, now - view.attempts[-1][1])
     parts = [f"{duration(elapsed)} elapsed"]
-    left = seconds_left(view, now)
+    left = seconds_left(view, now, slots)
     if left is not None and view.finish is None:
         parts.append(f"about {duration(left)} left")
     if view.warnings:
@@ -221,31 +228,29 @@ def _headline(view: RunView, now: float) -> Text:
     return Text(" · ".join(parts))
 
 
-def seconds_left(view: RunView, now: float) -> float | None:
+def seconds_left(view: RunView, now: float, slots: int = 1) -> float | None:
     """A rough estimate of the whole run's remaining seconds, None until one stage's duration can be told.
 
     A stage that has not begun is taken to last as long as those of its kind (the last part of its name), else as
-    the mean of all; the chains of the experts run side by side, before and after them everything is in a row.
+    the mean of all; `slots` experts are grown side by side, before and after them everything is in a row.
     """
     left: dict[str, float] = {}
     total: dict[str, float] = {}
     for name, stage in view.stages.items():
-        remaining = (
-            0.0 if stage.status == "finished" else stage.seconds_left(now) if stage.status == "running" else None
-        )
-        spent = stage.seconds(now)
-        if remaining is not None and spent is not None:
-            left[name], total[name] = remaining, spent + remaining
+        if stage.status in ("finished", "given", "dropped"):
+            left[name] = 0.0
+        elif stage.status == "running" and (remaining := stage.seconds_left(now)) is not None:
+            left[name] = remaining
+        if name in left and (spent := stage.seconds(now)) is not None:
+            total[name] = spent + left[name]
     if not total:
         return None
     chains: dict[str, float] = {}
     for name in view.stages:
         kind = name.rpartition("/")[2]
-        alike = [seconds for other, seconds in total.items() if other.rpartition("/")[2] == kind] or list(
-            total.values()
-        )
+        alike = [seconds for other, seconds in total.items() if other.rpartition("/")[2] == kind]
+        expected = left.get(name, fmean(alike or total.values()))
         chain = "/".join(name.split("/")[:2]) if name.startswith("expert/") else name
-        chains[chain] = chains.get(chain, 0.0) + left.get(name, sum(alike) / len(alike))
+        chains[chain] = chains.get(chain, 0.0) + expected
     experts = [seconds for chain, seconds in chains.items() if chain.startswith("expert/")]
-    others = sum(seconds for chain, seconds in chains.items() if not chain.startswith("expert/"))
-    return others + max(experts, default=0.0)
+    return sum(chains.values()) - sum(experts) + max(max(experts, default=0.0), sum(experts) / slots)

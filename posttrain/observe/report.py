@@ -13,8 +13,8 @@ from posttrain.observe.environment import describe_environment
 from posttrain.observe.intervals import binomial_interval
 from posttrain.observe.metrics import Record, plain_json, read_metrics
 from posttrain.observe.page import render_page
-from posttrain.observe.runview import RunView, is_number, planned_stages
-from posttrain.recipe.document import read_document
+from posttrain.observe.runview import RunView, StageView, is_number
+from posttrain.recipe import read_recipe
 
 SCHEMA = 1
 """Version of report.json's layout."""
@@ -49,8 +49,8 @@ def load_run(run_dir: str | Path) -> tuple[dict[str, Any], RunView]:
             f"{run_dir} is not a run directory: it has no recipe.yaml. "
             "Give a directory that `posttrain run` made, such as runs/<name>."
         )
-    recipe = read_document(run_dir / "recipe.yaml").data
-    return recipe, RunView.of(read_metrics(run_dir / "metrics.jsonl"), planned_stages(recipe))
+    recipe = read_recipe(run_dir / "recipe.yaml")
+    return recipe.model_dump(mode="json"), RunView.of(read_metrics(run_dir / "metrics.jsonl"), recipe.stage_names())
 
 
 def _report(run_dir: Path, recipe: dict[str, Any], view: RunView) -> Report:
@@ -69,7 +69,7 @@ def _report(run_dir: Path, recipe: dict[str, Any], view: RunView) -> Report:
         "models": models,
         "summary": _summary(models, list(recipe.get("domains") or {})),
         "gates": [_without_time(event) for event in view.events.get("gate", [])],
-        "rollout": _rollout(view.events.get("rollout_stats", []), view.events.get("weights_published", [])),
+        "rollout": _rollout(view),
         "resources": _resources(view.events.get("resources", [])),
         "stages": _stages(view),
         "environment": _environment(view.events.get("run_started", [])),
@@ -141,26 +141,40 @@ def _summary(models: list[dict[str, Any]], domains: list[str]) -> dict[str, Any]
     return {"mean_pass@1": means, "domains": by_domain}
 
 
-def _rollout(stats: list[Record], published: list[Record]) -> dict[str, Any]:
+def _rollout(view: RunView) -> dict[str, Any]:
     """Rollout facts over all stages: the largest log-prob difference, k3 as the mean over tokens."""
-    tokens, seconds = _numbers(stats, "tokens"), _numbers(stats, "seconds")
-    weighted = [
-        (event["k3"], event["tokens"])
-        for event in stats
-        if is_number(event.get("k3")) and is_number(event.get("tokens"))
+    stats = [
+        {**_sampled(view.stages.get(str(event.get("stage")))), **event}
+        for event in view.events.get("rollout_stats", [])
     ]
-    weight = sum(count for _, count in weighted)
+    timed = [event for event in stats if is_number(event.get("tokens")) and is_number(event.get("seconds"))]
+    tokens, seconds = sum(_numbers(timed, "tokens")), sum(_numbers(timed, "seconds"))
+    known = [
+        (event["k3"], event["tokens"] if is_number(event.get("tokens")) else 1)
+        for event in stats
+        if is_number(event.get("k3"))
+    ]
     syncs = [second for event in stats for second in event.get("weight_sync_seconds") or [] if is_number(second)]
-    syncs = syncs or _numbers(published, "seconds")
+    syncs = syncs or _numbers(view.events.get("weights_published", []), "seconds")
     return {
-        "tokens": sum(tokens) if tokens else None,
-        "tokens_per_second": sum(tokens) / sum(seconds) if tokens and sum(seconds) > 0 else None,
+        "tokens": tokens if timed else None,
+        "tokens_per_second": tokens / seconds if seconds > 0 else None,
         "max_abs_logprob_diff": max(_numbers(stats, "max_abs_logprob_diff"), default=None),
-        "k3": sum(value * count for value, count in weighted) / weight if weight else None,
+        "k3": sum(k3 * weight for k3, weight in known) / sum(weight for _, weight in known) if known else None,
         "weight_sync_seconds_median": median(syncs) if syncs else None,
         "weight_syncs": len(syncs),
         "stages": [_without_time(event) for event in stats],
     }
+
+
+def _sampled(stage: StageView | None) -> dict[str, float]:
+    """Sampled tokens and seconds of sampling, from a stage's steps: GRPO and OPD train on all that they sample."""
+    keys = ("tokens_per_second", "seconds_step", "seconds_generate")
+    steps = [metrics for _, _, metrics in stage.history if all(key in metrics for key in keys)] if stage else []
+    if not steps:
+        return {}
+    tokens = sum(metrics["tokens_per_second"] * metrics["seconds_step"] for metrics in steps)
+    return {"tokens": round(tokens), "seconds": sum(metrics["seconds_generate"] for metrics in steps)}
 
 
 def _resources(events: list[Record]) -> dict[str, Any]:

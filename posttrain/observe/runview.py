@@ -9,7 +9,18 @@ from typing import Any, Literal, TypeGuard
 
 from posttrain.observe.metrics import Record
 
-StageStatus = Literal["pending", "running", "finished", "failed", "interrupted"]
+StageStatus = Literal["pending", "given", "running", "finished", "failed", "interrupted", "dropped"]
+"""`given`: evaluated without having been trained, the initial weights as base. `dropped`: by its gate."""
+
+STATUS_MARKS = {
+    "pending": "·",
+    "given": "✓",
+    "running": "▶",
+    "finished": "✓",
+    "failed": "✗",
+    "interrupted": "!",
+    "dropped": "–",
+}
 
 
 @dataclass
@@ -148,6 +159,10 @@ class RunView:
         if name == "evaluated" and record.get("split", "holdout") == "holdout" and is_number(record.get("pass@1")):
             model = str(record.get("model", record.get("stage")))
             self.evaluations[model, str(record.get("domain"))] = record
+            if model in self.stages and self.stages[model].status == "pending":
+                self.stages[model].status = "given"
+        if name == "gate" and record.get("passed") is False and record.get("action") == "drop":
+            self.stage(str(record.get("stage"))).status = "dropped"
         if isinstance(record.get("stage"), str) and name.startswith("stage_"):
             self._change_stage(name, self.stage(record["stage"]), record, time)
 
@@ -187,20 +202,3 @@ def record_time(record: Record) -> float:
 
 def _whole(value: Any) -> int:
     return int(value) if is_number(value) else 0
-
-
-def planned_stages(recipe: dict[str, Any]) -> list[str]:
-    """The stage names of a resolved recipe (as a plain mapping), in order; as far as it can be read."""
-    stages = _mapping(recipe.get("stages"))
-    experts = _mapping(stages.get("experts"))
-    overrides = _mapping(experts.get("overrides"))
-    plan = ["base"]
-    for domain in _mapping(recipe.get("domains")):
-        chain = overrides.get(domain) or experts.get("per_domain") or []
-        kinds = [_mapping(stage).get("kind", "sft") for stage in chain]
-        plan += [f"expert/{domain}/{kind}" for kind in dict.fromkeys(kinds)]
-    return plan if stages.get("student", {}) is None else [*plan, "student"]
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

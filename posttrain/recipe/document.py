@@ -25,7 +25,8 @@ MAX_VALUES = 20_000
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]{0,30})")
 _FLOAT = re.compile(
-    r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
 _SCALARS: tuple[tuple[str, re.Pattern[str], list[str] | None], ...] = (
     ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
@@ -47,9 +48,15 @@ class RecipeDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Only double quotes keep these: elsewhere PyYAML folds Unicode's own line breaks into spaces.
+        style = '"' if set(data) & set("\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
 
 RecipeLoader.yaml_implicit_resolvers = {}
 RecipeDumper.yaml_implicit_resolvers = {}
+RecipeDumper.add_representer(str, RecipeDumper.represent_str)
 for _name, _pattern, _first in _SCALARS:
     _whole = re.compile(f"(?:{_pattern.pattern})$")
     RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _whole, _first)

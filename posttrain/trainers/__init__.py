@@ -1,0 +1,1 @@
+"""Trainers: SFT, GRPO and on-policy distillation on TRL, and the Ray actor that runs them."""

@@ -262,7 +262,7 @@ class OnPolicyTrainer(DistillationTrainer):
         # the backbone alone: TRL's own helper passes arguments that belong to the model with a head
         output = unwrapped_student.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         length = inputs["completion_ids"].size(1)
-        hidden_BTH = output.last_hidden_state[:, -length:]
+        hidden_BTH = output.last_hidden_state[:, -length - 1 : -1]
         head_VH = unwrapped_student.get_output_embeddings().weight
         loss, entropy = self.divergence_loss(hidden_BTH, head_VH, inputs)
         return loss, entropy, inputs["completion_mask"].sum()

@@ -8,7 +8,7 @@ KINDS = {
     "sft": "supervised fine-tuning",
     "grpo": "reinforcement learning (GRPO)",
     "student": "on-policy distillation",
-    "base": "base",
+    "base": "mixed-domain supervised fine-tuning",
 }
 
 

@@ -6,10 +6,17 @@ from typing import Any
 
 from posttrain.observe.page.markup import Markup, element, joined
 from posttrain.observe.page.names import KINDS, colour_of, domain_of, kind_of
+from posttrain.observe.runview import STATUS_MARKS
 from posttrain.observe.words import duration, percent
 
-MARKS = {"finished": "✓", "failed": "✗", "running": "▶", "interrupted": "!", "pending": "·"}
-TONES = {"finished": "good", "failed": "bad", "running": "warn", "interrupted": "warn"}
+TONES = {
+    "given": "good",
+    "finished": "good",
+    "failed": "bad",
+    "running": "warn",
+    "interrupted": "warn",
+    "dropped": "warn",
+}
 
 
 def pipeline_section(report: dict[str, Any], domains: list[str]) -> Markup:
@@ -42,11 +49,9 @@ def pipeline_section(report: dict[str, Any], domains: list[str]) -> Markup:
 
 
 def _box(stage: dict[str, Any], cells: dict[str, Any], domains: list[str]) -> Markup:
-    name, status = stage["name"], stage["status"]
+    name, state = stage["name"], stage["status"]
     own = domain_of(name)
     shown = {domain: cell for domain, cell in cells.items() if own in (None, domain)}
-    given = name == "base" and status == "pending" and cells
-    state = "given" if given else status
     scores = [
         element(
             "p",
@@ -60,30 +65,19 @@ def _box(stage: dict[str, Any], cells: dict[str, Any], domains: list[str]) -> Ma
     ]
     if not scores:
         scores = [element("p", "not evaluated", class_="score")]
-    effort = [
-        _steps(stage),
-        duration(stage["seconds"]) if stage["seconds"] else None,
-    ]
-    mark = element("span", f"{MARKS.get(state, '✓')} {state}", class_=TONES.get(state))
+    effort = [_steps(stage), duration(stage["seconds"]) if stage["seconds"] else None]
+    mark = element("span", f"{STATUS_MARKS[state]} {state}", class_=TONES.get(state))
     return element(
         "article",
         element("h3", f"{own} · {kind_of(name)}" if own else name),
         element(
             "span",
-            KINDS.get(kind_of(name), kind_of(name)) if name != "base" else _base_kind(stage, bool(given)),
+            "initial weights" if state == "given" else KINDS.get(kind_of(name), kind_of(name)),
             class_="kind",
         ),
         scores,
         element("p", mark, [joined(" · ", element("span", text)) for text in effort if text], class_="time"),
         class_=f"step {colour_of(name, domains)}" + (" pending" if state == "pending" else ""),
-    )
-
-
-def _base_kind(stage: dict[str, Any], given: bool) -> str:
-    return (
-        "initial weights"
-        if given or not (stage["steps"] or stage["seconds"])
-        else "mixed-domain supervised fine-tuning"
     )
 
 

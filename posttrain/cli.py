@@ -25,6 +25,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command; BadInput and RunFailed end it without a traceback."""
+        _make_local_modules_importable()
         try:
             return super().invoke(ctx)
         except (BadInput, RunFailed) as error:
@@ -73,7 +74,6 @@ def run(
     if dry_run:
         _show(resolved)
         return
-    _make_local_modules_importable()
     from posttrain import pipeline
 
     run_directory = RunDirectory.create(runs_dir, name, resolved)
@@ -93,7 +93,6 @@ def run(
 def resume(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
     """Go on with a run at its first unfinished stage."""
     path = find_run(run, runs_dir)
-    _make_local_modules_importable()
     with RunDirectory.open(path) as run_directory:
         if run_directory.status == "finished":
             print(f"{path} is finished; there is nothing left to do")
@@ -144,7 +143,6 @@ def evaluate(
     for domain, config in resolved.domains.items():
         if n is not None and n > config.holdout:
             raise BadInput(f"--n {n}: {recipe} holds out {config.holdout} problems (domains.{domain}.holdout)")
-    _make_local_modules_importable()
     from posttrain import pipeline
 
     _print_accuracies(pipeline.evaluate_checkpoint(resolved, checkpoint, n))

@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> int:
             "Its output stands above. Nothing needs undoing: mend the cause and run the same command again.",
             1,
         )
+    except KeyboardInterrupt:
+        return complain("interrupted; the same command goes on with it", 130)
     temporary = STAMP.with_suffix(".new")
     temporary.write_text(stamp + "\n")
     os.replace(temporary, STAMP)
@@ -152,12 +154,10 @@ class Installer:
         if self._uv:
             command = [*self._uv, *(self._indexes if own_indexes else []), *what]
             environment = {**os.environ, **self._environment}
-            # Without `check` a failure is an answer, not a problem of uv: nothing to print, nothing to try again.
             if subprocess.run(command, env=environment, capture_output=not check).returncode == 0:
                 return True
-            if not check:
-                return False
-            print("  uv could not; trying pip", flush=True)
+            if check:
+                print("  uv could not; trying pip", flush=True)
         result = subprocess.run([*self._pip, *what], capture_output=not check)
         if check:
             result.check_returncode()

@@ -441,9 +441,9 @@ def test_processes_are_told_apart_by_their_command_lines() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [duration(s) for s in (None, 0.134, 4.25, 59.4, 65, 3723)] == [
+    assert [duration(s) for s in (None, 0.026, 4.25, 59.4, 65, 3723)] == [
         "–",
-        "0.13 s",
+        "0.026 s",
         "4.2 s",
         "59 s",
         "1m 05s",

@@ -129,7 +129,7 @@ def test_a_run_from_given_weights_and_a_dropped_expert_are_told_as_such(tmp_path
     records = [record for record in finished_run() if record.get("stage") != "base"]
     for record in records:
         if record.get("event") == "gate" and record["domain"] == "letters":
-            record |= {"passed": False, "action": "drop"}
+            record |= {"passed": False, "action": "drop", "gain": 0.05}
     run = write_run(tmp_path / "run", records, recipe(base=None))
     records = [
         record for record in finished_run() if record.get("stage") == "base" and record.get("event") == "evaluated"
@@ -137,6 +137,7 @@ def test_a_run_from_given_weights_and_a_dropped_expert_are_told_as_such(tmp_path
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     stages = {stage["name"]: stage["status"] for stage in build_report(run)["stages"]}
+    assert build_report(run)["warnings"] == ["expert/letters/grpo did not pass its gate: it gained 5.0 of 10.0 points"]
     assert stages["base"] == "given" and stages["expert/letters/grpo"] == "dropped"
     page = page_of(run)
     assert "initial weights" in page.text and "– dropped" in page.text and "not passed (drop)" in page.text
@@ -371,8 +372,8 @@ def test_the_final_table_has_models_accuracy_time_and_the_reports_place(tmp_path
     text = out.getvalue()
     student = next(line for line in text.splitlines() if "student" in line)
     cell = build_report(run)["models"][-1]["eval"]["letters"]
-    half = 50 * (cell["ci95"][1] - cell["ci95"][0])
-    assert f"{100 * cell['pass@1']:.1f} % ± {half:.1f}" in student and "3m 30s" in student
+    low, high = (100 * bound for bound in cell["ci95"])
+    assert f"{100 * cell['pass@1']:.1f} % ({low:.1f}–{high:.1f})" in student and "3m 30s" in student
     assert "4.60 GiB" in text and f"Report: {run / 'report.html'}" in text
     Console(file=io.StringIO(), width=40).print(final_table(build_report(write_run(tmp_path / "empty", []))))
 

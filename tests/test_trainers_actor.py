@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from distill.teacher import start_teachers
+from distill.teacher import TeacherPool, start_teachers
 from posttrain.errors import BadInput
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage
@@ -47,10 +47,15 @@ def cluster() -> Iterator[dict[str, object]]:
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
-        yield {"num_cpus": 1, "runtime_env": {"env_vars": environment}}
+        yield {"num_cpus": 0.5, "runtime_env": {"env_vars": environment}}
     finally:
         ray.shutdown()
         patch.undo()
+
+
+@pytest.fixture(scope="module")
+def teachers(cluster: dict[str, object]) -> TeacherPool:
+    return start_teachers(1, "hf", budget_bytes=1 << 30, actor_options=cluster)
 
 
 def sft_job(start: str, output: Path, stage: str = "base") -> SftJob:
@@ -58,10 +63,9 @@ def sft_job(start: str, output: Path, stage: str = "base") -> SftJob:
     return SftJob(stage, config, start, str(output), ROWS)
 
 
-def test_one_actor_runs_every_kind_of_stage(cluster: dict[str, object], tmp_path: Path) -> None:
+def test_one_actor_runs_every_kind_of_stage(cluster: dict[str, object], teachers: TeacherPool, tmp_path: Path) -> None:
     start = save(tiny_model(0), tmp_path / "start")
-    options = cluster | {"num_cpus": 0.5}
-    trainer = ray.remote(TrainerActor).options(**options).remote(0, json.dumps(RECIPE), str(tmp_path))
+    trainer = ray.remote(TrainerActor).options(**cluster).remote(0, json.dumps(RECIPE), str(tmp_path))
     client = LocalClient(tiny_model(0))
 
     base: StageResult = ray.get(trainer.sft.remote(sft_job(start, tmp_path / "base")))
@@ -73,7 +77,6 @@ def test_one_actor_runs_every_kind_of_stage(cluster: dict[str, object], tmp_path
         *("student", opd_config, start, str(tmp_path / "student"), {"letters": PROMPTS}),
         *({"letters": expert.checkpoint}, {"letters": 4}),
     )
-    teachers = start_teachers(1, "hf", budget_bytes=1 << 30, actor_options=options)
     student: StageResult = ray.get(trainer.opd.remote(opd_job, client, teachers))
 
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -102,10 +105,9 @@ def test_one_actor_runs_every_kind_of_stage(cluster: dict[str, object], tmp_path
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
 
 
-def test_a_wrong_teacher_is_bad_input_across_actors(cluster: dict[str, object], tmp_path: Path) -> None:
+def test_a_wrong_teacher_is_bad_input(teachers: TeacherPool, tmp_path: Path) -> None:
     start = save(tiny_model(0), tmp_path / "start")
     wider = save(tiny_model(0, vocabulary=50), tmp_path / "wider")
-    teachers = start_teachers(1, "hf", budget_bytes=1 << 30, actor_options=cluster | {"num_cpus": 0.5})
     job = OpdJob(
         *("student", OpdStage(steps=1, batch_size=4), start, str(tmp_path / "student"), {"letters": PROMPTS}),
         *({"letters": wider}, {"letters": 4}),

@@ -1,0 +1,1 @@
+"""What a run does, written down and shown: metrics, live view, resources, status and report."""

@@ -16,7 +16,9 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
     evaluated          stage, model, checkpoint, domain, "pass@1", n, samples, ci95 [low, high], mean_length, seconds;
                        `split` other than "holdout" is shown in passing and never reported as a result
     gate               stage, domain, metric, parent, value, gain, min_gain, passed, action
-    rollout_stats      stage, tokens, seconds, max_abs_logprob_diff, k3, weight_sync_seconds [..]
+    rollout_stats      stage, max_abs_logprob_diff, k3, weight_sync_seconds [..], tokens, seconds (of sampling; without
+                       them from the steps' tokens_per_second, seconds_step and seconds_generate)
+    dashboard          address
     weights_published  stage, version, seconds
     resources          peak_rss_bytes, peak_pss_bytes, rss_bytes, pss_bytes, peak_by_process_kind, cpu_seconds
     sample             model, domain, prompt, completion, reference, correct

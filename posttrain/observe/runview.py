@@ -161,8 +161,14 @@ class RunView:
             self.evaluations[model, str(record.get("domain"))] = record
             if model in self.stages and self.stages[model].status == "pending":
                 self.stages[model].status = "given"
-        if name == "gate" and record.get("passed") is False and record.get("action") == "drop":
-            self.stage(str(record.get("stage"))).status = "dropped"
+        if name == "gate" and record.get("passed") is False:
+            stage, gain, needed = str(record.get("stage")), record.get("gain"), record.get("min_gain")
+            values = ""
+            if is_number(gain) and is_number(needed):
+                values = f": it gained {100 * gain:.1f} of {100 * needed:.1f} points"
+            self.warnings.append(f"{stage} did not pass its gate{values}")
+            if record.get("action") == "drop":
+                self.stage(stage).status = "dropped"
         if isinstance(record.get("stage"), str) and name.startswith("stage_"):
             self._change_stage(name, self.stage(record["stage"]), record, time)
 

@@ -65,7 +65,7 @@ def _last(view: RunView, stage: StageView) -> str:
 
 
 def final_table(report: dict[str, Any]) -> Group:
-    """What `posttrain run` prints at its end, with `rich.print`: models × domains, time, memory, the report's place."""
+    """What `posttrain run` prints at its end, for `rich.print`: pass@1 with 95 % intervals, time, memory, place."""
     domains = list(report["summary"]["domains"])
     table = Table(
         title=Text(f"{report['name']}: {report['status']}"), title_justify="left", title_style="bold", pad_edge=False
@@ -97,4 +97,4 @@ def _cell(accuracy: dict[str, Any] | None) -> str:
     if not accuracy["ci95"]:
         return percent(accuracy["pass@1"])
     low, high = accuracy["ci95"]
-    return f"{percent(accuracy['pass@1'])} ± {100 * (high - low) / 2:.1f}"
+    return f"{percent(accuracy['pass@1'])} ({100 * low:.1f}–{100 * high:.1f})"

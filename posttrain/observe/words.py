@@ -12,7 +12,7 @@ def duration(seconds: float | None) -> str:
     if not is_number(seconds):
         return "–"
     if seconds < 10:
-        return f"{seconds:.2f} s" if 0 < seconds < 1 else f"{seconds:.1f} s"
+        return f"{seconds:.2g} s" if 0 < seconds < 1 else f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

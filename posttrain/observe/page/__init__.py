@@ -125,7 +125,8 @@ def _notices(report: dict[str, Any]) -> list[Markup]:
     if report["warnings"]:
         count = len(report["warnings"])
         title = element("summary", f"{count} warning{'s' if count > 1 else ''}")
-        notices.append(element("details", title, element("pre", "\n".join(report["warnings"][:100])), class_="notice"))
+        text = element("pre", "\n".join(report["warnings"][:100]))
+        notices.append(element("details", title, text, class_="notice", open=count <= 3))
     return notices
 
 

@@ -1,4 +1,4 @@
-"""How good the models are: dots with whiskers by domain, the whole matrix, what was gained, the gates."""
+"""How good the models are: intervals by domain, the whole matrix, what was gained, the gates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW_DOMAINS = 3
 
 
 def accuracy_section(report: dict[str, Any], domains: list[str]) -> Markup:
-    """Dots with whiskers by domain, the whole matrix, what was gained, the gates."""
+    """A chart for each domain, the whole matrix, what was gained, the gates."""
     models = [model for model in report["models"] if model["eval"]]
     if not models:
         return section("accuracy", "Accuracy", absent("No model has been evaluated."))
@@ -30,7 +30,7 @@ def accuracy_section(report: dict[str, Any], domains: list[str]) -> Markup:
             if (len(domains) <= FEW_DOMAINS or domain_of(model["name"]) in (None, domain))
             and (cell := model["eval"].get(domain))
         ]
-        charts.append(dot_chart(f"pass@1 on {domain}", "held-out problems; whiskers: 95 % interval", rows))
+        charts.append(dot_chart(f"pass@1 on {domain}", "held-out problems; the band is the 95 % interval", rows))
     return section(
         "accuracy",
         "Accuracy",

@@ -105,7 +105,7 @@ def line_chart(
 
 
 def dot_chart(title: str, note: str, rows: Sequence[tuple[str, str, float, Sequence[float] | None]]) -> Markup:
-    """A figure with an accuracy for each row (label, colour, share, 95 % interval): a dot on a whisker, 0 to 100 %."""
+    """A figure with an accuracy for each row (label, colour, share, 95 % interval): a dot on a band, 0 to 100 %."""
     label_width, row_height, value_width = 142, 25, 50
     height = 12 + row_height * len(rows) + 26
     scale = Scale(0.0, 1.0, label_width, WIDTH - value_width)
@@ -120,8 +120,8 @@ def dot_chart(title: str, note: str, rows: Sequence[tuple[str, str, float, Seque
         shown = label if len(label) <= 22 else f"{label[:10]}…{label[-11:]}"
         marks += [
             element("text", element("title", label), shown, x=0, y=y + 4, class_="ink"),
-            element("line", x1=f"{scale(low):.1f}", x2=f"{scale(high):.1f}", y1=y, y2=y, class_=f"whisker {colour}"),
-            element("circle", cx=f"{scale(share):.1f}", cy=y, r=4.5, class_=f"dot {colour}"),
+            element("line", x1=f"{scale(low):.1f}", x2=f"{scale(high):.1f}", y1=y, y2=y, class_=f"band {colour}"),
+            element("circle", cx=f"{scale(share):.1f}", cy=y, r=3.5, class_=f"dot {colour}"),
             element("text", percent(share), x=WIDTH, y=y + 4, class_="end ink strong"),
         ]
     words = "; ".join(f"{label} {percent(share)}" + _interval_words(interval) for label, _, share, interval in rows)

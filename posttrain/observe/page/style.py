@@ -118,7 +118,7 @@ svg .limit { stroke: var(--bad); stroke-width: 1.2; stroke-dasharray: 3 3; }
 svg .curve { fill: none; stroke: var(--colour); stroke-width: 2; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 5 3; }
 svg .raw { fill: none; stroke: var(--colour); stroke-width: 1; opacity: .28; }
-svg .whisker { stroke: var(--colour); stroke-width: 2; stroke-linecap: round; opacity: .6; }
+svg .band { stroke: var(--colour); stroke-width: 8; opacity: .3; }
 svg .dot { fill: var(--colour); stroke: var(--card); stroke-width: 1; }
 .legend {
   list-style: none; margin: 8px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: .86rem;

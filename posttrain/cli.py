@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from posttrain.errors import BadInput, RunFailed
+from posttrain.interrupts import raised_as_keyboard_interrupt
 from posttrain.recipe import Recipe, load_recipe, resolved_yaml
 from posttrain.rundir import RunDirectory, find_run
 
@@ -31,6 +31,9 @@ class Commands(TyperGroup):
         except (BadInput, RunFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            ctx.exit(INTERRUPTED)
 
 
 app = typer.Typer(
@@ -145,7 +148,8 @@ def evaluate(
             raise BadInput(f"--n {n}: {recipe} holds out {config.holdout} problems (domains.{domain}.holdout)")
     from posttrain import pipeline
 
-    _print_accuracies(pipeline.evaluate_checkpoint(resolved, checkpoint, n))
+    with raised_as_keyboard_interrupt("Stopping what was started"):
+        _print_accuracies(pipeline.evaluate_checkpoint(resolved, checkpoint, n))
 
 
 @app.command()
@@ -163,11 +167,11 @@ def main() -> None:
 
 
 def _drive(work: Callable[[], int], path: Path) -> int:
-    """Do the work of a run; its exit code. SIGTERM counts as Ctrl-C: the pipeline cleans up after either."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    """Do the work of a run; its exit code. The pipeline cleans up after Ctrl-C and after SIGTERM."""
     resume_with = f"Continue with: posttrain resume {path}"
     try:
-        return work()
+        with raised_as_keyboard_interrupt("Stopping what this run started"):
+            return work()
     except KeyboardInterrupt:
         print(f"\nInterrupted. {resume_with}", file=sys.stderr)
         return INTERRUPTED
@@ -178,12 +182,6 @@ def _drive(work: Callable[[], int], path: Path) -> int:
     except Exception:
         traceback.print_exc()
         raise RunFailed(f"the run ended unexpectedly, see above\n{resume_with}") from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _make_local_modules_importable() -> None:

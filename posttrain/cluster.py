@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
+import signal
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from posttrain.errors import BadInput, RunFailed
+from posttrain.interrupts import ignored
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
 
 ACTOR_CPUS = 0.01
 """What an actor claims of Ray's CPUs: on a small machine they all share, each with `cluster.threads` threads."""
+DASHBOARD_PORT = 8265
+"""Ray's default, and the recipe's. When it is taken, the dashboard listens on the next free port."""
+FAREWELL_SECONDS = 1.5
+"""How long processes have to end by themselves after Ray was shut down."""
 OBJECT_STORE_BYTES = 256 << 20
 TEACHER_BYTES = 1 << 30
 
@@ -29,7 +37,7 @@ class Cluster:
     """The actors of a run. `slots` experts can be grown at once, each with a trainer and rollout workers of its own."""
 
     recipe: Recipe
-    dashboard: str | None
+    dashboard: str | None = None
     trainers: list[Any] = field(default_factory=list)
     pool: RolloutPool | None = None
     _teachers: TeacherPool | None = None
@@ -57,32 +65,68 @@ class Cluster:
             self._teachers = start_teachers(count, family, TEACHER_BYTES, cluster.threads, options)
         return self._teachers
 
+    def stop_actors(self) -> None:
+        """Kill every actor that was started; whoever waits for one of them gets an error. May be called again."""
+        import ray
+
+        if self.pool is not None:
+            self.pool.stop()
+        for actor in [*self.trainers, *(self._teachers.workers if self._teachers else [])]:
+            ray.kill(actor, no_restart=True)
+
 
 @contextmanager
-def start_cluster(recipe: Recipe, run_directory: Path, engine_description: Path) -> Iterator[Cluster]:
+def start_cluster(recipe: Recipe, engine_description: Path, run_directory: Path | None) -> Iterator[Cluster]:
     """Start Ray (or join the recipe's cluster) and the actors; stop exactly what was started at the end.
 
     Args:
         engine_description: the directory that rollout engines read their model's configuration from.
+        run_directory: where trainers write their metrics; None: no trainers, rollout workers only.
 
     Raises:
-        BadInput: no Ray cluster at `cluster.address`, or an engine refuses its settings.
+        BadInput: no Ray cluster at `cluster.address`, fewer GPUs than asked for, or an engine refuses its settings.
     """
     import ray
 
-    own = recipe.cluster.address is None
-    info = _connect(recipe)
-    cluster = Cluster(recipe, f"http://{info['webui_url']}" if info.get("webui_url") else None)
+    cluster = Cluster(recipe)
+    others = set(psutil.Process().children(recursive=True))
     try:
-        _start_actors(cluster, run_directory, engine_description)
+        address = _connect(recipe).get("webui_url")
+        cluster.dashboard = f"http://{address}" if address else None
+        _check_gpus(recipe, trainers=run_directory is not None)
+        _start_actors(cluster, engine_description, run_directory)
         yield cluster
     finally:
-        if cluster.pool is not None:
-            cluster.pool.stop()
-        for actor in [*cluster.trainers, *(cluster._teachers.workers if cluster._teachers else [])]:
-            ray.kill(actor, no_restart=True)
-        if own or ray.is_initialized():
-            ray.shutdown()
+        with ignored():
+            ours = set(psutil.Process().children(recursive=True)) - others
+            if ray.is_initialized():
+                cluster.stop_actors()
+                ray.shutdown()
+            _end(ours)
+
+
+def check_dashboard(recipe: Recipe) -> None:
+    """Raise BadInput when the dashboard of a cluster of our own could not listen where the recipe says."""
+    settings = recipe.cluster
+    if settings.address is not None or not settings.dashboard:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.dashboard_host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError as error:
+        raise BadInput(f"cluster.dashboard_host: {settings.dashboard_host!r} is no address here ({error})") from error
+    if settings.dashboard_port == DASHBOARD_PORT:  # Ray takes the next free one
+        return
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address[0], settings.dashboard_port, *address[2:]))
+    except OSError as error:
+        raise BadInput(
+            f"cluster.dashboard_port: {settings.dashboard_port} cannot be used ({error}); name a free port, or "
+            f"{DASHBOARD_PORT} for the first free one from there"
+        ) from error
 
 
 def _connect(recipe: Recipe) -> dict[str, Any]:
@@ -92,20 +136,50 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if settings.address is None else "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if settings.address is not None:
-        try:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if settings.address is not None:
             return dict(ray.init(address=settings.address, **options).address_info)
-        except ConnectionError as error:
-            raise BadInput(f"cluster.address: no Ray cluster answers at {settings.address!r} ({error})") from error
-    context = ray.init(
-        address="local",
-        include_dashboard=settings.dashboard,
-        dashboard_host=settings.dashboard_host,
-        dashboard_port=settings.dashboard_port,
-        object_store_memory=OBJECT_STORE_BYTES,
-        **options,
-    )
-    return dict(context.address_info)
+        context = ray.init(
+            address="local",
+            include_dashboard=settings.dashboard,
+            dashboard_host=settings.dashboard_host,
+            dashboard_port=None if settings.dashboard_port == DASHBOARD_PORT else settings.dashboard_port,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **options,
+        )
+        return dict(context.address_info)
+    except ConnectionError as error:
+        if settings.address is None:
+            raise
+        raise BadInput(f"cluster.address: no Ray cluster answers at {settings.address!r} ({error})") from error
+    except SystemExit:
+        raise KeyboardInterrupt from None  # what Ray's own handler of SIGTERM does
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # `ray.init` has put its own in place
+
+
+def _check_gpus(recipe: Recipe, trainers: bool) -> None:
+    """Ray would wait for ever for what its machines do not have."""
+    import ray
+
+    settings = recipe.cluster
+    there = ray.cluster_resources().get("GPU", 0)
+    needed = settings.gpus_per_worker * (settings.rollout_workers + (settings.trainers if trainers else 0))
+    if needed > there:
+        raise BadInput(
+            f"cluster.gpus_per_worker: the workers need {needed:g} GPUs in all (gpus_per_worker times trainers and "
+            f"rollout_workers); Ray finds {there:g}"
+        )
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """See to it that they have ended, a little later at most, so that a run leaves nothing behind."""
+    _, left = psutil.wait_procs(processes, timeout=FAREWELL_SECONDS)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -119,7 +193,7 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _start_actors(cluster: Cluster, run_directory: Path, engine_description: Path) -> None:
+def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Path | None) -> None:
     """All processes import and build at the same time; the call returns when the engines serve."""
     import ray
 
@@ -128,34 +202,14 @@ def _start_actors(cluster: Cluster, run_directory: Path, engine_description: Pat
     from rollouts.settings import engine_kind, engine_settings
 
     recipe, settings = cluster.recipe, cluster.recipe.cluster
-    actor = ray.remote(TrainerActor).options(
-        num_cpus=ACTOR_CPUS,
-        num_gpus=settings.gpus_per_worker,
-        runtime_env={"env_vars": _environment(settings.threads)},
-    )
-    recipe_json = recipe.model_dump_json()
-    cluster.trainers = [actor.remote(slot, recipe_json, str(run_directory)) for slot in range(settings.trainers)]
+    if run_directory is not None:
+        actor = ray.remote(TrainerActor).options(
+            num_cpus=ACTOR_CPUS,
+            num_gpus=settings.gpus_per_worker,
+            runtime_env={"env_vars": _environment(settings.threads)},
+        )
+        recipe_json = recipe.model_dump_json()
+        cluster.trainers = [actor.remote(slot, recipe_json, str(run_directory)) for slot in range(settings.trainers)]
     kind = engine_kind(recipe.model.family, recipe.rollout)
     engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads)
     cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker)
-
-
-class Slots:
-    """Hands out slot numbers to threads, so that no two experts use one trainer at a time."""
-
-    def __init__(self, count: int) -> None:
-        self._free = list(range(count))
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def taken(self) -> Iterator[int]:
-        """Wait for a free slot and hold it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free)
-            slot = self._free.pop(0)
-        try:
-            yield slot
-        finally:
-            with self._changed:
-                self._free.append(slot)
-                self._changed.notify()

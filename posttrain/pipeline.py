@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import json
+import sys
 from pathlib import Path
 
-from posttrain.cluster import Slots
+from rich.console import Console
+
 from posttrain.errors import RunFailed
+from posttrain.evaluation import evaluate_checkpoint
+from posttrain.observe.status import final_table
 from posttrain.recipe import Recipe
 from posttrain.recipe.schema import SftStage
 from posttrain.rundir import RunDirectory
@@ -15,13 +19,18 @@ from posttrain.stages.evaluate import evaluate, passes_gate
 from posttrain.stages.grpo import run_grpo
 from posttrain.stages.opd import run_opd
 from posttrain.stages.sft import run_sft
+from posttrain.stages.side_by_side import side_by_side
 from posttrain.stages.work import Work
+
+__all__ = ["evaluate_checkpoint", "resume", "run"]
 
 
 def run(recipe: Recipe, run_directory: RunDirectory) -> int:
-    """Run a recipe from its first unfinished stage to the report; returns the exit code."""
+    """Run a recipe from its first unfinished stage to the report, and print what came of it; returns the exit code."""
     with session(recipe, run_directory) as (work, initial):
         drive(work, initial)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(final_table(json.loads((run_directory.path / "report.json").read_text())))
     return 0
 
 
@@ -48,19 +57,18 @@ def train_base(work: Work, initial: Path) -> Path:
 
 def grow_experts(work: Work, base: Path) -> dict[str, Path]:
     """As many experts side by side as the cluster has slots; those that a gate drops are not returned."""
-    slots = Slots(work.cluster.slots)
-
-    def grow(domain: str) -> Path | None:
-        with slots.taken() as slot:
-            return grow_expert(work, domain, base, slot)
-
-    with ThreadPoolExecutor(work.cluster.slots) as threads:
-        grown = dict(zip(work.domains, threads.map(grow, work.domains), strict=True))
+    grown = side_by_side(
+        names=list(work.domains),
+        do=lambda domain, slot: grow_expert(work, domain, base, slot),
+        slots=work.cluster.slots,
+        ending=work.ending,
+        interrupt=work.interrupt,
+    )
     return {domain: path for domain, path in grown.items() if path is not None}
 
 
 def grow_expert(work: Work, domain: str, base: Path, slot: int) -> Path | None:
-    """The expert's stages in order, each evaluated; then its gate."""
+    """The expert's stages in order, each evaluated; then its gate. None for an expert that its gate drops."""
     model, name = base, "base"
     for config in work.recipe.expert_stages(domain):
         name = f"expert/{domain}/{config.kind}"
@@ -72,9 +80,10 @@ def grow_expert(work: Work, domain: str, base: Path, slot: int) -> Path | None:
     gate = work.recipe.stages.experts.gate
     if passes_gate(work, gate, domain, name, base, model, slot) or gate.action == "warn":
         return model
+    reason = f"gate: not {gate.min_gain} better than the base on the selection problems"
     if gate.action == "stop":
-        raise RunFailed(f"{name} is not {gate.min_gain} better than the base (stages.experts.gate)")
-    work.run.drop_stage(name, f"gate: not {gate.min_gain} better than the base")
+        raise RunFailed(f"{name}: {reason} (stages.experts.gate)")
+    work.run.drop_stage(name, reason)
     return None
 
 

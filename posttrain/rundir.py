@@ -196,6 +196,10 @@ class RunDirectory:
         """`name` ended with `error`; a resumed run tries it again."""
         self._change(name, status="failed", error=error)
 
+    def release_stage(self, name: str) -> None:
+        """`name` was stopped before its end, through no fault of its own; a resumed run starts it again."""
+        self._change(name, status="pending")
+
     def drop_stage(self, name: str, reason: str) -> None:
         """`name` is left out of the rest of the run, for example by a gate. It keeps its checkpoint."""
         self._change(name, status="dropped", error=reason)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.cluster import start_cluster
-from posttrain.data import load_domains
+from posttrain.cluster import Cluster, check_dashboard, start_cluster
+from posttrain.data import DomainData, load_domains
 from posttrain.data.rows import check_problems
 from posttrain.errors import BadInput, RunFailed
+from posttrain.interrupts import ignored
 from posttrain.observe.environment import describe_environment
 from posttrain.observe.progress import LiveProgress
 from posttrain.observe.report import write_report
@@ -20,6 +23,8 @@ from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory, RunStatus
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from posttrain.stages.work import Work
 
 
@@ -32,45 +37,98 @@ def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
         RunFailed: the work failed; the run can be resumed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    domains, tokenizer, initial = _prepare(recipe, run)
+    began = time.time()
+    print("Preparing problems, tokenizer and initial weights", flush=True)
+    try:
+        domains, tokenizer, initial = _prepare(recipe, run)
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise
+    settings = recipe.cluster
+    slots = min(settings.trainers, settings.rollout_workers)
+    with (
+        _recorded_end(run),
+        LiveProgress(run.path, recipe.stage_names(), slots),
+        _recorded_attempt(run, began),
+        ResourceMonitor(log=run.metrics),
+    ):
+        print(
+            f"Starting {'Ray' if settings.address is None else 'actors'}: {settings.trainers} trainer(s), "
+            f"{settings.rollout_workers} rollout worker(s)",
+            flush=True,
+        )
+        with start_cluster(recipe, run.path / "engine", run.path) as cluster:
+            from posttrain.stages.work import Work
+
+            _announce(cluster, run)
+            yield Work(recipe, run, domains, tokenizer, cluster), initial
+
+
+@contextmanager
+def _recorded_attempt(run: RunDirectory, began: float) -> Iterator[None]:
+    """The beginning (unix seconds) and the end of the work, for the live view as well."""
     run.set_status("running")
-    run.append_event({"event": "run_started", "environment": describe_environment()})
+    run.append_event({"event": "run_started", "time": began, "environment": describe_environment()})
     status: RunStatus = "failed"
     error: str | None = None
     try:
-        with ResourceMonitor(log=run.metrics), LiveProgress(run.path, recipe.stage_names()):
-            with start_cluster(recipe, run.path, _engine_description(recipe, run, initial)) as cluster:
-                from posttrain.stages.work import Work
-
-                if cluster.dashboard:
-                    run.append_event({"event": "dashboard", "address": cluster.dashboard})
-                yield Work(recipe, run, domains, tokenizer, cluster), initial
+        yield
         status = "finished"
     except KeyboardInterrupt:
         status, error = "interrupted", "stopped by the user"
         raise
-    except (BadInput, RunFailed) as failure:
-        error = str(failure)
+    except BaseException as failure:
+        error = str(failure) if isinstance(failure, BadInput | RunFailed) else f"{type(failure).__name__}: {failure}"
         raise
     finally:
-        run.append_event({"event": "run_finished", "status": status, "error": error})
-        run.set_status(status)
-        write_report(run.path)
+        with ignored():
+            run.append_event({"event": "run_finished", "status": status, "error": error})
+            run.set_status(status)
 
 
-def _prepare(recipe: Recipe, run: RunDirectory) -> tuple:
+@contextmanager
+def _recorded_end(run: RunDirectory) -> Iterator[None]:
+    """The report, however the run ended."""
+    try:
+        yield
+    except BaseException:
+        with ignored():
+            try:
+                write_report(run.path)
+            except Exception as error:  # must not hide why the run ended
+                print(f"the report could not be written: {error}", file=sys.stderr)
+        raise
+    write_report(run.path)
+
+
+def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], PreTrainedTokenizerBase, Path]:
     """Data, tokenizer and initial weights: everything that can be wrong with the user's input."""
     from posttrain.stages.initial import initial_checkpoint, tokenizer_for
+    from posttrain.stages.scoring import check_rewards
 
+    check_dashboard(recipe)
     domains = load_domains(recipe)
+    check_rewards(recipe, domains)
     tokenizer = tokenizer_for(recipe, run)
     check_problems(recipe, tokenizer, domains)
-    return domains, tokenizer, initial_checkpoint(recipe, run, tokenizer)
+    initial = initial_checkpoint(recipe, run, tokenizer)
+    describe_engine(recipe, initial, run.path / "engine")
+    return domains, tokenizer, initial
 
 
-def _engine_description(recipe: Recipe, run: RunDirectory, initial: Path) -> Path:
-    from rollouts.settings import engine_kind, write_description
+def describe_engine(recipe: Recipe, checkpoint: Path, directory: Path) -> None:
+    """Write what rollout engines are started from, and raise BadInput when they could not serve the recipe."""
+    from rollouts.engine import check_context
+    from rollouts.settings import engine_kind, engine_settings, write_description
 
-    directory = run.path / "engine"
-    write_description(initial, directory, engine_kind(recipe.model.family, recipe.rollout))
-    return directory
+    kind = engine_kind(recipe.model.family, recipe.rollout)
+    write_description(checkpoint, directory, kind)
+    check_context(engine_settings(directory, kind, recipe.rollout, recipe.cluster.threads))
+
+
+def _announce(cluster: Cluster, run: RunDirectory) -> None:
+    """Ray's dashboard: the plain lines show the event, the live table does not."""
+    if cluster.dashboard:
+        run.append_event({"event": "dashboard", "address": cluster.dashboard})
+        if sys.stdout.isatty():
+            print(f"Ray's dashboard: {cluster.dashboard}")

@@ -52,7 +52,7 @@ class Engine:
         for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"):
             if name not in os.environ:
                 raise RuntimeError(f"{name} is not set: start engines with rollouts.settings.engine_environment")
-        _check_context(settings)
+        check_context(settings)
         begin = time.monotonic()
         if settings.kind == "native":
             from rollouts.plugin import register
@@ -208,7 +208,8 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     return arguments
 
 
-def _check_context(settings: EngineSettings) -> None:
+def check_context(settings: EngineSettings) -> None:
+    """Raise BadInput when the described model has fewer positions than `settings.max_model_len`."""
     config = json.loads((Path(settings.description) / "config.json").read_text())
     allowed = config.get("max_position_embeddings")
     if allowed is not None and settings.max_model_len > allowed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
 from rollouts.engine import EngineInfo
 from rollouts.settings import EngineSettings, check_prompts, engine_environment
@@ -197,7 +198,7 @@ def _get(references: list[Any]) -> list[Any]:
             own = isinstance(error.cause, BadInput | RunFailed)
             first_error = first_error or (error.cause if own else RunFailed(f"a rollout worker failed: {error}"))
         except RayActorError as error:
-            first_error = first_error or RunFailed(f"a rollout worker died: {error}")
+            first_error = first_error or RunFailed(describe_death(error))
     if first_error is not None:
         raise first_error
     return results

@@ -19,7 +19,7 @@ class Sampling:
 
 @dataclass
 class Completion:
-    """One sampled answer. `logprobs` are the sampler's own, of the distribution it sampled from (temperature applied)."""
+    """One sampled answer. `logprobs` are the sampler's own, of what it sampled from (temperature applied)."""
 
     token_ids: list[int]
     logprobs: list[float]

@@ -142,7 +142,9 @@ def test_generation_continues_left_padded_prompts_as_single_ones() -> None:
     prompts = torch.randint(3, VOCABULARY, (2, 12))
     mask = torch.ones_like(prompts)
     mask[0, :7] = 0
-    both = model.generate(prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    both = model.generate(
+        prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     alone = model.generate(prompts[:1, 7:], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(both[0, 12:], alone[0, 5:])
 

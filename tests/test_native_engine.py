@@ -1,7 +1,7 @@
 """Our V4 inside vLLM against our V4 in the trainer: log-probabilities of every sampled token, on real engines.
 
-Prompts are longer than `max_num_batched_tokens`, so prefill is chunked; some share prefixes, so the prefix cache is hit;
-top-k selection cuts (4 of up to 40 entries); groups of requests run together.
+Prompts are longer than `max_num_batched_tokens`, so prefill is chunked; some share prefixes, so the prefix cache is
+hit; top-k selection cuts (4 of up to 40 entries); groups of requests run together.
 """
 
 from __future__ import annotations
@@ -69,13 +69,17 @@ def prompts(seed: int = 0) -> list[list[int]]:
     return made
 
 
-def trainer_logprobs(model: DeepseekV4ForCausalLM, prompt: list[int], answer: list[int], temperature: float) -> torch.Tensor:
+def trainer_logprobs(
+    model: DeepseekV4ForCausalLM, prompt: list[int], answer: list[int], temperature: float
+) -> torch.Tensor:
     with torch.no_grad():
         logits_TV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     return torch.log_softmax(logits_TV / temperature, -1).gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
 
 
-def largest_difference(native: Native, asked: list[list[int]], groups: list[list[Completion]], temperature: float) -> float:
+def largest_difference(
+    native: Native, asked: list[list[int]], groups: list[list[Completion]], temperature: float
+) -> float:
     worst = 0.0
     for prompt, group in zip(asked, groups, strict=True):
         for sample in group:

@@ -227,3 +227,12 @@ def test_a_completion_is_cut_to_a_lower_limit() -> None:
     completion = Completion([4, 5, 6, 1], [-1.0, -2.0, -3.0, -4.0], "stop", 2)
     assert cut(completion, 4) is completion
     assert cut(completion, 2) == Completion([4, 5], [-1.0, -2.0], "length", 2)
+
+
+def test_a_sampler_of_another_model_ends_the_run() -> None:
+    difference = LogprobDifference()
+    difference.add(torch.full((8,), -1.0), torch.full((8,), -1.1))
+    with pytest.raises(RunFailed, match="nats from the trainer's"):
+        difference.add(torch.full((8,), -1.0), torch.full((8,), -2.0))
+    with pytest.raises(RunFailed, match="nats from the trainer's"):
+        difference.add(torch.full((8,), float("nan")), torch.full((8,), -2.0))

@@ -72,6 +72,10 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
         raise BadInput(
             f"no tokenizer could be loaded from {str(path_or_id)!r} (a directory or a hub id): {error}"
         ) from error
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # what transformers makes of a directory with nothing to load
+        raise BadInput(f"no tokenizer could be loaded from {str(path_or_id)!r}: there are no tokenizer files in it")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"the tokenizer {str(path_or_id)!r} has no eos_token; answers could never end")
     if tokenizer.pad_token_id is None:

@@ -6,11 +6,14 @@ sampler's log-probabilities the trainer's:
 1. *Batch invariance.* A token's result does not depend on which other tokens are in the call.
    On CPU this needs care in two places: matrix products with few rows take another path in the
    BLAS library (`linear` pads rows), and vectorised transcendental functions differ from their scalar
-   remainders in `rsqrt`, `sigmoid` and `softplus` (built here from `exp`, `log1p` and
-   correctly rounded division and square root).
-2. *Length invariance.* Candidate lists are padded to multiples of `BLOCK` and summed block by
-   block in order, so that more padding changes nothing.
+   remainders (the compiled kernels have their own).
+2. *Length invariance.* Candidate lists are padded to multiples of `BLOCK`; entries that do not exist take no part,
+   and those that do are added in order, so that more padding changes nothing.
 3. *Ties go to the lowest index* in every top-k.
+
+A family is a directory: `op.py` is what the model calls (it checks shapes, then runs a kernel), `cpu.py` the kernels for
+fp32 on the CPU, compiled by numba at their first call, `oracle.py` the same in plain differentiable torch: what tests
+compare with, and what runs in fp64 and on devices that have no kernel yet.
 """
 
 from posttrain.kernels.attention.op import sparse_attention

@@ -18,5 +18,7 @@ def block_sum(values: Tensor) -> Tensor:
 
     Appending blocks of zeros leaves every bit of the result as it was.
     """
-    blocks = values.unflatten(-1, (-1, BLOCK)).sum(-1)
+    blocks = values.unflatten(-1, (values.shape[-1] // BLOCK, BLOCK)).sum(-1)
+    if blocks.shape[-1] == 0:
+        return blocks.sum(-1)
     return blocks[..., 0] if blocks.shape[-1] == 1 else blocks.cumsum(-1)[..., -1]

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.data import Problem
 from posttrain.data.encoding import encode_prompt, render_prompt
 from posttrain.observe.intervals import accuracy_interval
+from posttrain.recipe import Recipe
 from posttrain.recipe.schema import GateConfig, HoldoutEvaluation
 from posttrain.stages.scoring import DomainRewards
-from posttrain.stages.work import Work
 from rollouts.types import Completion, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.stages.work import Work
+    from rollouts.pool import RolloutClient
 
 TRANSCRIPTS = 3
 """Samples of each model and domain that go into the report."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A checkpoint's answers to problems of one domain, judged."""
+
+    accuracy: float
+    """pass@1: the mean over the problems of the share of right answers."""
+    interval: tuple[float, float]
+    """95 %."""
+    tokens: int
+    mean_length: float
+    """Tokens of an answer."""
+    reward_errors: int
+    """Answers that a reward failed on. They count as wrong."""
+    seconds: float
+    transcripts: list[tuple[Problem, str, bool]]
+    """Problem, answer, whether it is right."""
 
 
 def evaluate(work: Work, model: str, checkpoint: Path, slot: int | None = None) -> dict[str, float]:
@@ -30,7 +56,9 @@ def evaluate(work: Work, model: str, checkpoint: Path, slot: int | None = None) 
 def passes_gate(
     work: Work, gate: GateConfig, domain: str, model: str, parent: Path, child: Path, slot: int | None = None
 ) -> bool:
-    """Whether the expert beats its parent on selection problems by the gate's margin."""
+    """Whether the expert beats its parent on selection problems by the gate's margin; decided once in a run."""
+    if model in work.gates:
+        return work.gates[model]
     config = HoldoutEvaluation(n=len(work.domains[domain].selection))
     before, after = (measure(work, model, path, domain, "selection", config, slot) for path in (parent, child))
     passed = after - before >= gate.min_gain
@@ -38,6 +66,7 @@ def passes_gate(
         {"event": "gate", "stage": model, "domain": domain, "metric": gate.metric, "parent": before,
          "value": after, "gain": after - before, "min_gain": gate.min_gain, "passed": passed, "action": gate.action}
     )  # fmt: skip
+    work.gates[model] = passed
     return passed
 
 
@@ -54,48 +83,72 @@ def measure(
     key = (str(checkpoint), domain, split, f"n={config.n} samples={config.samples} temperature={config.temperature}")
     if key in work.measured:
         return work.measured[key]
-    started = time.monotonic()
+    work.require_going_on()
     problems = getattr(work.domains[domain], split)[: config.n]
-    completions = _sample(work, checkpoint, domain, problems, config, slot)
-    rewards = DomainRewards(work.recipe, str(work.run.tokenizer_path), problems)
-    shares, lengths = [], []
-    for problem, answers in zip(problems, completions, strict=True):
-        judged = [rewards.judge(problem.id, answer.token_ids, answer.finish_reason) for answer in answers]
-        shares.append(sum(result.correct for _, result in judged) / len(answers))
-        lengths += [len(answer.token_ids) for answer in answers]
-        if split == "holdout" and len(shares) <= TRANSCRIPTS:
-            _record_sample(work, model, domain, problem, answers[0], judged[0][0], judged[0][1].correct)
-    value = sum(shares) / len(shares)
-    work.run.append_event(
-        {"event": "evaluated", "stage": model, "model": model, "checkpoint": str(checkpoint), "domain": domain,
-         "split": split, "sampling": key[-1], "pass@1": value, "n": len(problems), "samples": config.samples,
-         "ci95": list(accuracy_interval(shares, config.samples)), "mean_length": sum(lengths) / len(lengths),
-         "tokens": sum(lengths), "seconds": time.monotonic() - started}
-    )  # fmt: skip
-    work.measured[key] = value
-    return value
-
-
-def _sample(
-    work: Work, checkpoint: Path, domain: str, problems: list[Problem], config: HoldoutEvaluation, slot: int | None
-) -> list[list[Completion]]:
-    """Answers of a checkpoint, with the same random numbers for every model: differences are not those of luck."""
+    rewards = DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, model, work.run.metrics)
     client = work.cluster.client(slot)
     client.load_checkpoint(checkpoint, (client.weight_version() or 0) + 1)
+    found = measure_problems(work.recipe, client, work.tokenizer, problems, rewards, config)
+    if split == "holdout":
+        _record_transcripts(work, model, found)
+    work.run.append_event(
+        {"event": "evaluated", "stage": model, "model": model, "checkpoint": str(checkpoint), "domain": domain,
+         "split": split, "sampling": key[-1], "pass@1": found.accuracy, "n": len(problems), "samples": config.samples,
+         "ci95": list(found.interval), "mean_length": found.mean_length, "tokens": found.tokens,
+         "reward_errors": found.reward_errors, "seconds": found.seconds}
+    )  # fmt: skip
+    work.measured[key] = found.accuracy
+    return found.accuracy
+
+
+def measure_problems(
+    recipe: Recipe,
+    client: RolloutClient,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    rewards: DomainRewards,
+    config: HoldoutEvaluation,
+) -> Measurement:
+    """Answers of the engines' present weights to problems of one domain.
+
+    The random numbers are the same for every model, so that differences are not those of luck.
+    """
+    started = time.monotonic()
     sampling = Sampling(
-        max_tokens=work.recipe.domains[domain].max_new_tokens,
+        max_tokens=recipe.domains[problems[0].domain].max_new_tokens,
         temperature=config.temperature,
         n=config.samples,
         seed=0,
     )
-    return client.generate([encode_prompt(work.tokenizer, problem.messages) for problem in problems], sampling)
+    prompts = [encode_prompt(tokenizer, problem.messages) for problem in problems]
+    answers: list[list[Completion]] = client.generate(prompts, sampling)
+    judged = [
+        [rewards.judge(problem.id, answer.token_ids, answer.finish_reason) for answer in group]
+        for problem, group in zip(problems, answers, strict=True)
+    ]
+    shares = [sum(result.correct for _, result in group) / len(group) for group in judged]
+    lengths = [len(answer.token_ids) for group in answers for answer in group]
+    return Measurement(
+        accuracy=sum(shares) / len(shares),
+        interval=accuracy_interval(shares, config.samples),
+        tokens=sum(lengths),
+        mean_length=sum(lengths) / len(lengths),
+        reward_errors=sum(result.error is not None for group in judged for _, result in group),
+        seconds=time.monotonic() - started,
+        transcripts=[
+            (problem, text + _ending(group[0]), result.correct)
+            for problem, group, ((text, result), *_) in zip(problems, answers, judged, strict=True)
+        ][:TRANSCRIPTS],
+    )
 
 
-def _record_sample(
-    work: Work, model: str, domain: str, problem: Problem, answer: Completion, text: str, correct: bool
-) -> None:
-    ended = "" if answer.finish_reason == "stop" else " [cut off]"
-    work.run.append_event(
-        {"event": "sample", "model": model, "domain": domain, "prompt": render_prompt(problem.messages),
-         "completion": text + ended, "reference": problem.answer, "correct": correct}
-    )  # fmt: skip
+def _ending(answer: Completion) -> str:
+    return "" if answer.finish_reason == "stop" else " [cut off]"
+
+
+def _record_transcripts(work: Work, model: str, found: Measurement) -> None:
+    for problem, answer, correct in found.transcripts:
+        work.run.append_event(
+            {"event": "sample", "model": model, "domain": problem.domain, "prompt": render_prompt(problem.messages),
+             "completion": answer, "reference": problem.answer, "correct": correct}
+        )  # fmt: skip

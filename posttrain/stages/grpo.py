@@ -15,9 +15,8 @@ from posttrain.trainers.jobs import GrpoJob, Prompt
 
 def prompts_of(work: Work, problems: list[Problem]) -> list[Prompt]:
     """Problems as the policy sees them."""
-    return [
-        Prompt(problem.id, problem.domain, tuple(encode_prompt(work.tokenizer, problem.messages))) for problem in problems
-    ]
+    tokens = [tuple(encode_prompt(work.tokenizer, problem.messages)) for problem in problems]
+    return [Prompt(problem.id, problem.domain, ids) for problem, ids in zip(problems, tokens, strict=True)]
 
 
 def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
@@ -38,8 +37,8 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path,
             output=output,
             prompts=prompts_of(work, problems),
             max_new_tokens=work.recipe.domains[domain].max_new_tokens,
-            reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems),
+            reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, name, work.run.metrics),
         )
 
     trainer, client = work.cluster.trainers[slot], work.cluster.client(slot)
-    return work.stage(name, config.steps, lambda output: trainer.grpo.remote(job(output), client))
+    return work.stage(name, config.steps, lambda output: trainer.grpo.remote(job(output), client), client)

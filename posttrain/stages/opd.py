@@ -25,12 +25,13 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
             prompts={domain: prompts_of(work, group) for domain, group in problems.items()},
             teachers={domain: str(path) for domain, path in experts.items()},
             max_new_tokens={domain: work.recipe.domains[domain].max_new_tokens for domain in experts},
-            reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything),
+            reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
         )
 
-    cluster = work.cluster
+    cluster, client = work.cluster, work.cluster.client()
     return work.stage(
         name,
         config.steps,
-        lambda output: cluster.trainers[0].opd.remote(job(output), cluster.client(), cluster.teachers()),
+        lambda output: cluster.trainers[0].opd.remote(job(output), client, cluster.teachers()),
+        client,
     )

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from posttrain.data import Problem
+from posttrain.data import DomainData, Problem
 from posttrain.data.encoding import decode_completion
 from posttrain.data.tokenizer import load_tokenizer
+from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
-from rewards import RewardResult, Scorer, build
+from rewards import RewardResult, Scorer, build, check
 
 
 class DomainRewards:
     """Scores completions of any of the recipe's domains. Picklable: it travels to the trainers.
+
+    A reward that fails on an answer is told to `log` the first time, as a warning of `stage`.
 
     Args:
         tokenizer_path: the run's tokenizer.
         problems: those that can be asked for.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer_path: str, problems: Sequence[Problem]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer_path: str,
+        problems: Sequence[Problem],
+        stage: str = "",
+        log: MetricsLog | None = None,
+    ) -> None:
         self.specs = {name: config.reward for name, config in recipe.domains.items()}
         self.tokenizer_path = tokenizer_path
         self.problems = {problem.id: problem for problem in problems}
+        self.stage = stage
+        self.log = log
+        self.told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("specs", "tokenizer_path", "problems")
+        kept = ("specs", "tokenizer_path", "problems", "stage", "log", "told")
         return {key: self.__dict__[key] for key in kept}
 
     @cached_property
@@ -42,14 +56,35 @@ class DomainRewards:
         """The text of one completion and its score."""
         problem = self.problems[problem_id]
         text = decode_completion(self._tokenizer, token_ids)
-        return text, self._scorers[problem.domain].score(problem, text, token_ids, finish_reason)
+        result = self._scorers[problem.domain].score(problem, text, token_ids, finish_reason)
+        if result.error is not None and not self.told:
+            self.told = True
+            self._tell(problem, text, result.error)
+        return text, result
 
     def __call__(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
     ) -> tuple[list[float], list[dict[str, float]]]:
-        """Totals and parts, in order."""
+        """Totals and parts, in order; NaN and no parts where a reward failed, which says nothing of the answer."""
         results = [
             self.judge(problem_id, token_ids, reason)[1]
             for problem_id, token_ids, reason in zip(problem_ids, completion_ids, finish_reasons, strict=True)
         ]
-        return [result.total for result in results], [result.parts for result in results]
+        totals = [math.nan if result.error is not None else result.total for result in results]
+        return totals, [{} if result.error is not None else result.parts for result in results]
+
+    def _tell(self, problem: Problem, text: str, error: str) -> None:
+        if self.log is not None:
+            message = f"domains.{problem.domain}.reward failed on the answer {text!r} to {problem.id}: {error}"
+            self.log.event("warning", stage=self.stage, message=f"{message} (later failures are only counted)")
+
+
+def check_rewards(recipe: Recipe, domains: Mapping[str, DomainData]) -> None:
+    """Try each domain's rewards on one of its problems.
+
+    Raises:
+        BadInput: a reward fails, or calls the reference answer wrong.
+    """
+    for name, data in domains.items():
+        where = f"domains.{name}.reward"
+        check(build(recipe.domains[name].reward, where), data.train[0], where)

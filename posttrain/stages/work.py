@@ -1,27 +1,32 @@
-"""Everything a stage needs, and the bookkeeping around each: started, done before, failed."""
+"""Everything a stage needs, and the bookkeeping around each: started, done before, stopped, failed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from posttrain.actors import describe_death
 from posttrain.cluster import Cluster
 from posttrain.data import DomainData
 from posttrain.errors import BadInput, RunFailed
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory
+from posttrain.stages.side_by_side import Stopped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from posttrain.trainers.jobs import StageResult
+    from rollouts.pool import RolloutClient
+    from rollouts.worker import WorkerStats
 
 
 @dataclass
@@ -35,33 +40,56 @@ class Work:
     cluster: Cluster
     measured: dict[tuple[str, str, str, str], float] = field(default_factory=dict)
     """pass@1 by checkpoint, domain, split and sampling: what a resumed run need not measure again."""
+    gates: dict[str, bool] = field(default_factory=dict)
+    """The experts' gates that were decided, by stage."""
+    ending: Event = field(default_factory=Event)
+    """Set when nothing new is to be started any more."""
+    interrupted: bool = False
+    """The actors were killed by this process: their deaths are not errors."""
 
     def __post_init__(self) -> None:
         for record in read_metrics(self.run.path / "metrics.jsonl"):
             if record.get("event") == "evaluated":
-                self.measured[record["checkpoint"], record["domain"], record["split"], record["sampling"]] = record["pass@1"]
+                key = (record["checkpoint"], record["domain"], record["split"], record["sampling"])
+                self.measured[key] = record["pass@1"]
+            if record.get("event") == "gate":
+                self.gates[record["stage"]] = record["passed"]
 
-    def stage(self, name: str, steps: int, do: Callable[[str], Any]) -> Path:
+    def interrupt(self) -> None:
+        """Kill all actors, so that whatever waits for them returns."""
+        self.interrupted = True
+        self.ending.set()
+        self.cluster.stop_actors()
+
+    def require_going_on(self) -> None:
+        """Raise `Stopped` when nothing new is to be started any more."""
+        if self.ending.is_set():
+            raise Stopped
+
+    def stage(self, name: str, steps: int, do: Callable[[str], Any], sampler: RolloutClient | None = None) -> Path:
         """Run one stage unless it is done already, and return its checkpoint.
 
         Args:
             do: takes the directory to write, and returns a Ray reference to a `StageResult`.
+            sampler: the rollout workers that the stage samples with.
         """
-        done = self.run.stage(name)
-        checkpoint = self.run.stage_checkpoint(name)
-        if done.status == "done" and checkpoint is not None:
+        known, checkpoint = self.run.stage(name), self.run.stage_checkpoint(name)
+        if known.status in ("done", "dropped") and checkpoint is not None:
             return checkpoint
+        self.require_going_on()
         started = time.monotonic()
         self.run.start_stage(name)
         self.run.append_event({"event": "stage_started", "stage": name, "steps": steps})
         try:
+            before = sampler.stats() if sampler else []
             result: StageResult = wait(do(str(self.run.checkpoint_path(name))), self.run.log_path)
-        except (BadInput, RunFailed) as error:
-            self.run.fail_stage(name, str(error))
-            self.run.append_event({"event": "stage_failed", "stage": name, "error": str(error)})
+            after = sampler.stats() if sampler else []
+        except BaseException as error:
+            self._stopped(name, error)
             raise
         seconds = time.monotonic() - started
-        self._record_rollouts(result)
+        if result.max_abs_logprob_diff is not None:
+            self._record_rollouts(result, list(zip(before, after, strict=True)))
         self.run.finish_stage(name, result.checkpoint, seconds, result.metrics)
         self.run.append_event(
             {"event": "stage_finished", "stage": name, "seconds": seconds, "steps": result.steps,
@@ -69,23 +97,46 @@ class Work:
         )  # fmt: skip
         return Path(result.checkpoint)
 
-    def _record_rollouts(self, result: StageResult) -> None:
-        if result.max_abs_logprob_diff is None:
-            return
-        kept = ("stage", "max_abs_logprob_diff", "k3", "weight_sync_seconds")
-        fields = {key: value for key, value in asdict(result).items() if key in kept}
-        self.run.append_event({"event": "rollout_stats", **fields})
+    def _stopped(self, name: str, error: BaseException) -> None:
+        """Note why a stage came to no end, as a failure or as an interruption (then raises `Stopped` in threads)."""
+        if not isinstance(error, Exception):
+            self.run.release_stage(name)
+        elif self.interrupted:
+            self.run.release_stage(name)
+            raise Stopped from error
+        else:
+            text = str(error) if isinstance(error, BadInput | RunFailed) else f"{type(error).__name__}: {error}"
+            self.run.fail_stage(name, text)
+            self.run.append_event({"event": "stage_failed", "stage": name, "error": text})
+
+    def _record_rollouts(self, result: StageResult, workers: list[tuple[WorkerStats, WorkerStats]]) -> None:
+        """Note a stage's sampling: by its result, and by each worker's totals before and after."""
+        tokens = sum(after.tokens - before.tokens for before, after in workers)
+        seconds = max(after.busy_seconds - before.busy_seconds for before, after in workers)
+        self.run.append_event(
+            {"event": "rollout_stats", "stage": result.stage, "max_abs_logprob_diff": result.max_abs_logprob_diff,
+             "k3": result.k3, "weight_sync_seconds": result.weight_sync_seconds, "tokens": tokens, "seconds": seconds}
+        )  # fmt: skip
 
 
 def wait(reference: Any, log: Path) -> Any:
-    """`ray.get` with the project's own errors as they were raised; of anything else the cause, its traceback in `log`."""
+    """`ray.get` with the project's own errors as they were raised; of anything else the cause, the whole in `log`."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, BadInput | RunFailed):
             raise error.cause from None
-        with log.open("a") as file:
-            file.write(f"{error}\n")
+        _append(log, error)
+        if isinstance(error.cause, RayActorError):
+            raise RunFailed(f"{describe_death(error.cause)} (more in {log})") from error
         raise RunFailed(f"{type(error.cause).__name__}: {error.cause} (the traceback is in {log})") from error
+    except RayActorError as error:
+        _append(log, error)
+        raise RunFailed(f"{describe_death(error)} (more in {log})") from error
     except RayError as error:
-        raise RunFailed(f"an actor died: {error}") from error
+        raise RunFailed(f"Ray failed: {error}") from error
+
+
+def _append(log: Path, error: Exception) -> None:
+    with log.open("a") as file:
+        file.write(f"{error}\n")

@@ -41,6 +41,10 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+LARGEST_MEAN_DIFFERENCE = 0.5
+"""Nats, mean over a batch. Rounding (even FP8 against bf16: 0.2) stays below; wrong weights, tokens or rows do not."""
+
+
 @dataclass
 class LogprobDifference:
     """Trainer minus sampler, over all the tokens seen so far."""
@@ -55,18 +59,27 @@ class LogprobDifference:
         return self.k3_sum / max(1, self.tokens)
 
     def add(self, trainer_N: Tensor, sampler_N: Tensor) -> dict[str, float]:
-        """Take in the log-probabilities of N sampled tokens; return the metrics of these N alone."""
+        """Take in the log-probabilities of N sampled tokens; return the metrics of these N alone.
+
+        Raises:
+            RunFailed: sampler and trainer do not look at the same model or the same tokens.
+        """
         if trainer_N.numel() == 0:
             return {}
         difference_N = trainer_N.detach().double() - sampler_N.double()
         k3_N = torch.expm1(difference_N) - difference_N
-        largest = difference_N.abs().max().item()
+        largest, mean = difference_N.abs().max().item(), difference_N.abs().mean().item()
+        if not mean <= LARGEST_MEAN_DIFFERENCE:
+            raise RunFailed(
+                f"the sampler's log-probabilities are {mean:.3g} nats from the trainer's on average (at most "
+                f"{largest:.3g}): the engines do not run the trainer's weights, or samples were mixed up"
+            )
         self.largest = max(self.largest, largest)
         self.tokens += difference_N.numel()
         self.k3_sum += k3_N.sum().item()
         return {
             "logprob_diff_max": largest,
-            "logprob_diff_mean": difference_N.abs().mean().item(),
+            "logprob_diff_mean": mean,
             "logprob_k3": k3_N.mean().item(),
         }
 

@@ -8,14 +8,17 @@ depends on `scale_rewards`), and the clipped objective of DeepSeekMath (arXiv 24
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.errors import RunFailed
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import GrpoStage
 from posttrain.trainers.generation import Client, LogprobDifference, RolloutGeneration
@@ -39,12 +42,13 @@ class GrpoTrainer(GroupRelativeTrainer):
 
 
 class RewardColumn:
-    """The stage's reward as the function that TRL calls."""
+    """The stage's reward as the function that TRL calls, on groups of `group_size` answers to one prompt."""
 
     __name__ = "reward"
 
-    def __init__(self, reward: Reward, generation: RolloutGeneration, progress: Progress) -> None:
+    def __init__(self, reward: Reward, group_size: int, generation: RolloutGeneration, progress: Progress) -> None:
         self.reward = reward
+        self.group_size = group_size
         self.generation = generation
         self.progress = progress
 
@@ -56,7 +60,28 @@ class RewardColumn:
             values = [part[name] for part in parts if name in part]
             self.progress.add(f"reward/{name}", sum(values) / len(values))
         self.progress.add("seconds_reward", time.perf_counter() - started)
-        return rewards
+        failed = sum(map(math.isnan, rewards))
+        if not failed:
+            return rewards
+        self.progress.add("reward_errors", failed)
+        if failed == len(rewards):
+            raise RunFailed(f"the reward failed on all {failed} answers of a step; the first failure is in the log")
+        return without_gaps(rewards, self.group_size)
+
+
+def without_gaps(rewards: Sequence[float], group_size: int) -> list[float]:
+    """Rewards with every NaN replaced by the mean of its group, so that its advantage is 0 and it teaches nothing.
+
+    A group of nothing but NaN gets the mean of all rewards.
+    """
+    overall = fmean(reward for reward in rewards if not math.isnan(reward))
+    filled: list[float] = []
+    for first in range(0, len(rewards), group_size):
+        group = rewards[first : first + group_size]
+        known = [reward for reward in group if not math.isnan(reward)]
+        mean = fmean(known) if known else overall
+        filled += [mean if math.isnan(reward) else reward for reward in group]
+    return filled
 
 
 def prompt_dataset(prompts: Sequence[Prompt]) -> Dataset:
@@ -118,7 +143,7 @@ def train_grpo(
             reference=copy.deepcopy(model) if config.beta else None,
             beta=config.beta,
             generation=generation,
-            reward_funcs=RewardColumn(job.reward, generation, progress),
+            reward_funcs=RewardColumn(job.reward, config.group_size, generation, progress),
             args=grpo_arguments(config, job.max_new_tokens, scratch, seed),
             train_dataset=prompt_dataset(cycle(job.prompts, config.steps * config.prompts_per_step, seed)),
             processing_class=tokenizer,

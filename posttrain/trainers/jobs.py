@@ -19,7 +19,10 @@ class Prompt:
 
 
 class Reward(Protocol):
-    """Scores completions: one reward each, and named parts of it for the log. It has to survive pickling."""
+    """Scores completions: one reward each, and named parts of it for the log. It has to survive pickling.
+
+    NaN marks a completion that could not be scored: nothing is learned from it.
+    """
 
     def __call__(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]

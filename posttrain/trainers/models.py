@@ -44,6 +44,19 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         tokenizer.save_pretrained(directory)
 
 
+def distillation_obstacle(model: PreTrainedModel) -> str | None:
+    """Why the logits of `model` are not its last hidden states times its head's weight; None when they are."""
+    config = model.config.get_text_config()
+    if getattr(model.get_output_embeddings(), "bias", None) is None and not getattr(
+        config, "final_logit_softcapping", None
+    ):
+        return None
+    return (
+        "distillation rebuilds the logits as hidden states times the head's weight; "
+        f"{type(model).__name__} adds a bias or caps its logits, which is not supported"
+    )
+
+
 def publishable_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The weights under the names that a sampling engine loads, as views of the live parameters (no copy).
 

@@ -10,6 +10,7 @@ its answers are. Samples are ordered by expert, and one expert's head is in memo
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from posttrain.recipe.schema import OpdStage
 from posttrain.trainers.generation import Client, LogprobDifference, RolloutGeneration, derive_seed
 from posttrain.trainers.grpo import prompt_dataset
 from posttrain.trainers.jobs import OpdJob, Prompt, Reward
+from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.settings import cycle, training_arguments
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
@@ -115,8 +117,11 @@ class OpdTrainer(OnPolicyTrainer):
             [sample.token_ids for sample in samples],
             [sample.finish_reason for sample in samples],
         )
-        self.progress.add("reward", sum(rewards) / len(rewards))
-        scored = zip(inputs, rewards, strict=True)
+        scored = [pair for pair in zip(inputs, rewards, strict=True) if not math.isnan(pair[1])]
+        if len(scored) < len(rewards):
+            self.progress.add("reward_errors", len(rewards) - len(scored))
+        if scored:
+            self.progress.add("reward", sum(value for _, value in scored) / len(scored))
         for domain, members in groupby(scored, key=lambda pair: pair[0]["domain"]):
             values = [value for _, value in members]
             self.progress.add(f"reward/{domain}", sum(values) / len(values))
@@ -218,12 +223,7 @@ def check_teachers(model: PreTrainedModel, job: OpdJob, teachers: Teachers) -> N
     missing = sorted(set(job.prompts) - set(job.teachers))
     if missing:
         raise BadInput(f"stage {job.stage}: no teacher for the domains {missing}; there are {sorted(job.teachers)}")
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    if getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None):
-        raise BadInput(
-            f"stage {job.stage}: distillation rebuilds the logits as hidden states times the head's weight; "
-            f"{type(model).__name__} adds a bias or caps its logits, which is not supported"
-        )
+    if problem := distillation_obstacle(model):
+        raise BadInput(f"stage {job.stage}: {problem}")
     used = [job.teachers[domain] for domain in sorted(job.prompts)]
-    teachers.check_vocabulary(used, head.weight.size(0))
+    teachers.check_vocabulary(used, model.get_output_embeddings().weight.size(0))

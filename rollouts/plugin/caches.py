@@ -102,7 +102,9 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         spec: the fields of the vLLM spec that all caches of the model share.
     """
 
-    def __init__(self, name: str, columns: dict[str, int], width: int, tokens_per_row: int, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, columns: dict[str, int], width: int, tokens_per_row: int, spec: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.name, self.width, self.tokens_per_row, self.spec = name, width, tokens_per_row, spec
         ends = list(itertools.accumulate(columns.values()))

@@ -37,7 +37,7 @@ class PagedContext:
         return cache, (cache.tokens_per_row, cache.rows_per_block, pages.data_ptr())
 
     def _rows(self, cache: CacheLayer, positions: Tensor, request: Tensor) -> Tensor:
-        """Rows of a cache that hold these positions, of any shape led by `request`'s; negative ones give row 0's page."""
+        """Rows of a cache that hold these positions, of any shape led by `request`'s; negative ones: row 0's page."""
         pages = self._metadata[cache.name]
         positions = positions.clamp(min=0)
         request = request.view(-1, *(1,) * (positions.dim() - 1)).expand_as(positions)

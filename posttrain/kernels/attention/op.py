@@ -8,71 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.kernels.blocks import BLOCK, block_sum
+from posttrain.kernels.attention import oracle
+from posttrain.kernels.blocks import BLOCK
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, float_rows, has_kernels, narrow, run
+
+cpu = Kernels(__package__)
+Source = tuple[int, int, int, int, int]
 
 
-def _gather(stores: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The entries of every token, `[T, K, D]`, and which of them exist, `[T, K]`."""
-    parts = [
-        store.index_select(0, index.clamp(min=0).flatten()).view(*index.shape, store.shape[-1])
-        for store, index in zip(stores, indices, strict=True)
-    ]
-    valid = [index >= 0 for index in indices]
-    return (parts[0], valid[0]) if len(parts) == 1 else (torch.cat(parts, 1), torch.cat(valid, 1))
+def _source(store_SD: Tensor, index_TK: Tensor) -> Source:
+    """See `cpu`."""
+    return store_SD.data_ptr(), store_SD.stride(0), len(store_SD), index_TK.data_ptr(), index_TK.shape[1]
 
 
 class _SparseAttention(torch.autograd.Function):
-    """Forward and backward by hand: one gather, two batched products each way, no dense score matrix."""
+    """Two sources; the second may have no columns."""
 
     @staticmethod
-    def forward(ctx: Any, q_THD: Tensor, sink_H: Tensor, scale: float, count: int, *rest: Tensor) -> Tensor:
-        stores, indices = rest[:count], rest[count:]
-        entries_TKD, valid_TK = _gather(stores, indices)
-        scores_THK = torch.bmm(q_THD, entries_TKD.transpose(1, 2)).float() * scale
-        scores_THK.masked_fill_(~valid_TK.unsqueeze(1), float("-inf"))
-        sink_TH = sink_H.float().expand(q_THD.shape[0], -1)
-        top_TH = torch.maximum(scores_THK.amax(-1), sink_TH)
-        weights_THK = torch.exp(scores_THK - top_TH.unsqueeze(-1))
-        sink_weight_TH = torch.exp(sink_TH - top_TH)
-        total_TH = block_sum(weights_THK) + sink_weight_TH
-        weights_THK = weights_THK / total_TH.unsqueeze(-1)
-        out_THD = torch.bmm(weights_THK.to(q_THD.dtype), entries_TKD)
-        ctx.save_for_backward(q_THD, entries_TKD, weights_THK, sink_weight_TH / total_TH, out_THD, *indices)
-        ctx.scale, ctx.sizes = scale, [store.shape[0] for store in stores]
+    def forward(
+        ctx: Any, q_THD: Tensor, sink_H: Tensor, scale: float, store_a: Tensor, store_b: Tensor, *indices: Tensor
+    ) -> Tensor:
+        q_THD = q_THD.contiguous()
+        tokens, heads, dim = q_THD.shape
+        keep = any(ctx.needs_input_grad)
+        out_THD, sinks_TH = torch.empty_like(q_THD), q_THD.new_empty(tokens, heads)
+        weights_THK = q_THD.new_empty(tokens if keep else 1, heads, indices[0].shape[1] + indices[1].shape[1])
+        sources = _source(store_a, indices[0]), _source(store_b, indices[1])
+        shape = scale, tokens, heads, dim
+        run(cpu.forward, q_THD, sink_H, *shape, *sources, out_THD, weights_THK, keep, sinks_TH)
+        ctx.save_for_backward(q_THD, store_a, store_b, weights_THK, sinks_TH, *indices)
+        ctx.shape = shape
         return out_THD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, entries_TKD, weights_THK, sink_weight_TH, out_THD, *indices = ctx.saved_tensors
-        gradient = gradients[0]
-        delta_TH = (gradient.float() * out_THD.float()).sum(-1)
-        dweights_THK = torch.bmm(gradient, entries_TKD.transpose(1, 2)).float()
-        dscores_THK = (weights_THK * (dweights_THK - delta_TH.unsqueeze(-1)) * ctx.scale).to(q_THD.dtype)
-        dq_THD = torch.bmm(dscores_THK, entries_TKD)
-        dsink_H = -(sink_weight_TH * delta_TH).sum(0)
-        dentries_TKD = torch.bmm(dscores_THK.transpose(1, 2), q_THD)
-        dentries_TKD += torch.bmm(weights_THK.to(gradient.dtype).transpose(1, 2), gradient)
-        stores: list[Tensor | None] = []
-        start = 0
-        for index, size in zip(indices, ctx.sizes, strict=True):
-            part = dentries_TKD[:, start : start + index.shape[1]].reshape(-1, dentries_TKD.shape[-1])
-            start += index.shape[1]
-            # Places without an entry have weight 0, so what they add to row 0 is exactly 0.
-            store = torch.zeros(size, part.shape[-1], dtype=part.dtype, device=part.device)
-            stores.append(store.index_add_(0, index.clamp(min=0).flatten(), part))
-        return dq_THD, dsink_H, None, None, *stores, *[None] * len(indices)
+        q_THD, store_a, store_b, weights_THK, sinks_TH, *indices = ctx.saved_tensors
+        dq_THD, dsink_H = torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[1])
+        dstores = store_a.new_zeros(store_a.shape), store_b.new_zeros(store_b.shape)
+        sources = _source(store_a, indices[0]), _source(store_b, indices[1])
+        inputs = q_THD, gradients[0].contiguous(), weights_THK, sinks_TH
+        run(cpu.backward, *inputs, *ctx.shape, *sources, dq_THD, *dstores, dsink_H)
+        return dq_THD, dsink_H, None, *dstores, None, None
 
 
-def sparse_attention(
-    q_THD: Tensor, sources: Sequence[tuple[Tensor, Tensor]], sink_H: Tensor, scale: float
-) -> Tensor:
+def sparse_attention(q_THD: Tensor, sources: Sequence[tuple[Tensor, Tensor]], sink_H: Tensor, scale: float) -> Tensor:
     """Each token attends to the entries that its index rows name, and to a sink that absorbs weight.
 
     `out[t, h] = sum_k exp(s_k) e_k / (sum_k exp(s_k) + exp(sink_h))`, `s_k = scale · q[t, h] · e_k`
 
     Args:
         q_THD: queries.
-        sources: pairs of a store `[S, D]` (window KV, compressed KV) and int64 rows `[T, K]` into it,
+        sources: one or two pairs of a store `[S, D]` (window KV, compressed KV) and int64 rows `[T, K]` into it,
             -1 for none; each `K` a multiple of `BLOCK`. Keys and values are the same entries.
         sink_H: one logit for each head.
         scale: softmax scale, `D**-0.5` in V4.
@@ -80,13 +67,21 @@ def sparse_attention(
     Returns:
         `[T, H, D]`. Gradients go to `q_THD`, every store and `sink_H`.
     """
-    for number, (_, index) in enumerate(sources):
-        if index.dim() != 2 or index.shape[0] != q_THD.shape[0] or index.shape[1] % BLOCK:
+    tokens, heads, dim = expect("sparse_attention", "q", q_THD, "T", "H", "D")
+    expect("sparse_attention", "sink", sink_H, heads)
+    if not 1 <= len(sources) <= 2:
+        raise ValueError(f"sparse_attention: {len(sources)} sources; expected 1 or 2")
+    for number, (store, index) in enumerate(sources):
+        expect("sparse_attention", f"store of sources[{number}]", store, "S", dim)
+        columns = expect("sparse_attention", f"index of sources[{number}]", index, tokens, "K")[1]
+        if columns % BLOCK:
             raise ValueError(
-                f"sparse_attention: sources[{number}] index has shape {tuple(index.shape)}; "
-                f"expected [{q_THD.shape[0]}, a multiple of {BLOCK}]"
+                f"sparse_attention: index of sources[{number}] has {columns} columns; expected a multiple of {BLOCK}"
             )
-    used = [source for source in sources if source[1].shape[1]]
-    stores = [store for store, _ in used]
-    indices = [index for _, index in used]
-    return _SparseAttention.apply(q_THD, sink_H, scale, len(used), *stores, *indices)
+    if not has_kernels(q_THD):
+        return oracle.sparse_attention(q_THD, sources, sink_H, scale)
+    nothing = q_THD[:0, 0], q_THD[:, 0, :0]
+    (store_a, index_a), (store_b, index_b) = sources if len(sources) == 2 else (*sources, nothing)
+    inputs = q_THD.float(), sink_H.float(), scale, float_rows(store_a), float_rows(store_b)
+    indices = index_a.long().contiguous(), index_b.long().contiguous()
+    return narrow(differentiable(_SparseAttention, *inputs, *indices), q_THD)

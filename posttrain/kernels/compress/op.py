@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.compress import oracle
+
+cpu = Kernels(__package__)
+
+
+class _Compress(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
+        kv_EMD, gate_EMD = kv_EMD.contiguous(), gate_EMD.contiguous()
+        out_ED, weights_EMD = kv_EMD.new_empty(kv_EMD.shape[0], kv_EMD.shape[2]), torch.empty_like(kv_EMD)
+        run(cpu.forward, kv_EMD, gate_EMD, valid_EM.bool().contiguous(), *kv_EMD.shape, out_ED, weights_EMD)
+        ctx.save_for_backward(kv_EMD, weights_EMD, out_ED)
+        return out_ED
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        kv_EMD, weights_EMD, out_ED = ctx.saved_tensors
+        dkv_EMD, dgate_EMD = torch.empty_like(kv_EMD), torch.empty_like(kv_EMD)
+        gradient_ED = gradients[0].contiguous()
+        run(cpu.backward, kv_EMD, weights_EMD, out_ED, *kv_EMD.shape, gradient_ED, dkv_EMD, dgate_EMD)
+        return dkv_EMD, dgate_EMD, None
 
 
 def compress(kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
@@ -15,12 +41,14 @@ def compress(kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
         kv_EMD: the window's projected tokens. For CSA the first half of `M` is the previous block's
             `a` series and the second half this block's `b` series; for HCA it is one block.
         gate_EMD: the gates with their position bias added, fp32.
-        valid_EM: False for places before the sequence's start (CSA's first entry): weight 0.
+        valid_EM: False for places before the sequence's start (CSA's first entry): weight 0. At least one is True.
 
     Returns:
         `[E, D]` in `kv_EMD`'s dtype, before norm and rotation.
     """
-    gate = gate_EMD.float().masked_fill(~valid_EM.unsqueeze(-1), float("-inf"))
-    weights = torch.exp(gate - gate.amax(1, keepdim=True))
-    weights = weights / weights.sum(1, keepdim=True)
-    return (kv_EMD * weights.to(kv_EMD.dtype)).sum(1)
+    entries, members, dim = expect("compress", "kv", kv_EMD, "E", "M", "D")
+    expect("compress", "gate", gate_EMD, entries, members, dim)
+    expect("compress", "valid", valid_EM, entries, members)
+    if has_kernels(kv_EMD):
+        return narrow(differentiable(_Compress, kv_EMD.float(), gate_EMD.float(), valid_EM), kv_EMD)
+    return oracle.compress(kv_EMD, gate_EMD, valid_EM)

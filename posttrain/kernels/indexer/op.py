@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-GATHER_BUDGET = 1 << 24
-"""Elements of keys gathered at once; longer inputs are scored in slices of tokens (same bits)."""
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, float_rows, has_kernels, run
+from posttrain.kernels.indexer import oracle
+
+cpu = Kernels(__package__)
+
+
+class _IndexScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates_TE: Tensor) -> Tensor:
+        q_THD, weights_TH, candidates_TE = (
+            q_THD.contiguous(),
+            weights_TH.contiguous(),
+            candidates_TE.long().contiguous(),
+        )
+        out_TE = q_THD.new_empty(candidates_TE.shape)
+        keys = keys_SD.data_ptr(), keys_SD.stride(0), len(keys_SD)
+        run(cpu.forward, q_THD, weights_TH, *q_THD.shape, *keys, candidates_TE, candidates_TE.shape[1], out_TE)
+        ctx.save_for_backward(q_THD, weights_TH, keys_SD, candidates_TE)
+        return out_TE
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_THD, weights_TH, keys_SD, candidates_TE = ctx.saved_tensors
+        dq_THD, dweights_TH = torch.zeros_like(q_THD), torch.zeros_like(weights_TH)
+        dkeys_SD = keys_SD.new_zeros(keys_SD.shape)
+        keys, results = (keys_SD.data_ptr(), keys_SD.stride(0)), (dq_THD, dweights_TH, dkeys_SD)
+        candidates = candidates_TE, candidates_TE.shape[1]
+        run(cpu.backward, q_THD, weights_TH, *q_THD.shape, *keys, *candidates, gradients[0].contiguous(), *results)
+        return dq_THD, dweights_TH, dkeys_SD, None
 
 
 def index_scores(q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates_TE: Tensor) -> Tensor:
@@ -21,19 +51,13 @@ def index_scores(q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates_
     Returns:
         `[T, E]` fp32, -inf where there is no candidate.
     """
-    tokens, candidates = candidates_TE.shape
-    dim = q_THD.shape[-1]
-    if candidates == 0:
-        return q_THD.new_empty(tokens, 0, dtype=torch.float32)
-    step = max(1, GATHER_BUDGET // max(1, candidates * dim))
-    parts = []
-    for start in range(0, max(tokens, 1), step):
-        rows = candidates_TE[start : start + step]
-        keys = keys_SD.index_select(0, rows.clamp(min=0).flatten()).view(-1, candidates, dim).float()
-        dots = torch.bmm(q_THD[start : start + step].float(), keys.transpose(1, 2)).relu()
-        scores = (dots * weights_TH[start : start + step].float().unsqueeze(-1)).sum(1)
-        parts.append(scores.masked_fill(rows < 0, float("-inf")))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    tokens, heads, dim = expect("index_scores", "q", q_THD, "T", "H", "D")
+    expect("index_scores", "weights", weights_TH, tokens, heads)
+    expect("index_scores", "keys", keys_SD, "S", dim)
+    expect("index_scores", "candidates", candidates_TE, tokens, "E")
+    if has_kernels(q_THD):
+        return differentiable(_IndexScores, q_THD.float(), weights_TH.float(), float_rows(keys_SD), candidates_TE)
+    return oracle.index_scores(q_THD, weights_TH, keys_SD, candidates_TE)
 
 
 def topk_stable(scores: Tensor, k: int) -> Tensor:

@@ -1,4 +1,9 @@
-"""Matrix products whose rows do not depend on how many rows there are."""
+"""Matrix products whose rows do not depend on how many rows there are, nor on where in the matrix they stand.
+
+MKL gives a row the same bits under three conditions, found by trial over sizes (tests/test_kernels_invariance.py): enough
+rows for its blocked path, rows that start on 16 bytes, and more than one column of output. What does not meet them
+is padded with zeros.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.kernels.checks import expect
+
 ROWS_PER_THREAD = 8
 """From this many rows for each thread on, the CPU's BLAS computes a row the same way whatever the count."""
+
+ALIGNMENT = 4
+"""Rows of a multiple of this many floats start on 16 bytes."""
 
 
 def minimum_rows(device: torch.device) -> int:
@@ -25,16 +35,21 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     Returns:
         `[T, O]`; a row is bitwise the same in every call, alone or among others.
     """
-    rows = x_TI.shape[0]
-    least = minimum_rows(x_TI.device)
-    if rows >= least or rows == 0:
-        return F.linear(x_TI, weight_OI)
-    return F.linear(F.pad(x_TI, (0, 0, 0, least - rows)), weight_OI)[:rows]
+    rows, inner = expect("linear", "x", x_TI, "T", "I")
+    outer, _ = expect("linear", "weight", weight_OI, "O", inner)
+    missing_rows = max(minimum_rows(x_TI.device) - rows, 0) if rows else 0
+    missing_columns, single = -inner % ALIGNMENT, int(outer == 1)
+    if missing_rows or missing_columns:
+        x_TI = F.pad(x_TI, (0, missing_columns, 0, missing_rows))
+    if missing_columns or single:
+        weight_OI = F.pad(weight_OI, (0, missing_columns, 0, single))
+    result = F.linear(x_TI, weight_OI)
+    return result[:rows, :outer] if missing_rows or single else result
 
 
 def grouped_linear(x_TGI: Tensor, weight_GOI: Tensor) -> Tensor:
     """One product for each group: `[T, G, I]` by `[G, O, I]` gives `[T, G, O]` (V4's output projection)."""
-    rows = x_TGI.shape[0]
-    least = minimum_rows(x_TGI.device)
-    padded = x_TGI if rows >= least else F.pad(x_TGI, (0, 0, 0, 0, 0, least - rows))
-    return torch.bmm(padded.transpose(0, 1), weight_GOI.transpose(1, 2)).transpose(0, 1)[:rows]
+    _, groups, inner = expect("grouped_linear", "x", x_TGI, "T", "G", "I")
+    expect("grouped_linear", "weight", weight_GOI, groups, "O", inner)
+    pairs = zip(x_TGI.unbind(1), weight_GOI.unbind(0), strict=True)
+    return torch.stack([linear(x_TI, weight_OI) for x_TI, weight_OI in pairs], 1)

@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
 from posttrain.kernels.linear.op import linear
-from posttrain.kernels.mhc.sinkhorn import sinkhorn
-from posttrain.kernels.norm.op import rms_norm
+from posttrain.kernels.mhc import oracle
+
+cpu = Kernels(__package__)
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-x))
+class _Site(torch.autograd.Function):
+    """Weights from streams, and the collapse. `rms_norm(x) · fnᵀ` is computed as `(x · fnᵀ) / norm(x)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, streams_TND: Tensor, fn_MC: Tensor, base_M: Tensor, scale: Tensor, *constants: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        iterations, eps, norm_eps = constants
+        streams_TND = streams_TND.contiguous()
+        tokens, n, dim = streams_TND.shape
+        raw_TM = linear(streams_TND.view(tokens, n * dim), fn_MC)
+        x_TD, inverse_T = streams_TND.new_empty(tokens, dim), streams_TND.new_empty(tokens)
+        others = n if len(base_M) > n else 0
+        post_TN, comb_TNN = streams_TND.new_empty(tokens, others), streams_TND.new_empty(tokens, others, others)
+        shape = tokens, n, dim, len(base_M), iterations, eps
+        results = x_TD, post_TN, comb_TNN, inverse_T
+        run(cpu.pre_forward, streams_TND, raw_TM, base_M, scale, *shape, norm_eps, *results)
+        ctx.save_for_backward(streams_TND, raw_TM, inverse_T, base_M, scale, fn_MC)
+        ctx.shape = shape
+        return x_TD, post_TN, comb_TNN
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, fn_MC = ctx.saved_tensors
+        streams_TND, raw_TM, _, base_M, scale = inputs
+        tokens, n, dim, *_ = ctx.shape
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
+        draw_TM, factors = torch.empty_like(raw_TM), raw_TM.new_empty(tokens, 1 + n)
+        dbase_M, dscale = torch.zeros_like(base_M), torch.zeros_like(scale)
+        run(cpu.pre_backward, *inputs, *ctx.shape, *gradients, draw_TM, factors, dbase_M, dscale)
+        dstreams_TC = draw_TM @ fn_MC
+        dfn_MC = draw_TM.t() @ streams_TND.view(tokens, n * dim)
+        run(cpu.add_stream_gradient, streams_TND, gradients[0], factors, tokens, n, dim, dstreams_TC)
+        return dstreams_TC.view_as(streams_TND), dfn_MC, dbase_M, dscale, None, None, None
 
 
-def _collapse(weights_TN: Tensor, streams_TND: Tensor) -> Tensor:
-    return (weights_TN.unsqueeze(-1) * streams_TND.float()).sum(1).to(streams_TND.dtype)
+class _Post(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams_TND: Tensor, out_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+        inputs = tuple(tensor.contiguous() for tensor in (streams_TND, out_TD, post_TN, comb_TNN))
+        mixed_TND = torch.empty_like(inputs[0])
+        run(cpu.post_forward, *inputs, *streams_TND.shape, mixed_TND)
+        ctx.save_for_backward(*inputs)
+        return mixed_TND
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors
+        results = tuple(torch.empty_like(tensor) for tensor in inputs)
+        run(cpu.post_backward, *inputs, *inputs[0].shape, gradients[0].contiguous(), *results)
+        return results
 
 
 def mhc_pre(
-    streams_TND: Tensor,
-    fn_MC: Tensor,
-    base_M: Tensor,
-    scale_3: Tensor,
-    *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
+    streams_TND: Tensor, fn_MC: Tensor, base_M: Tensor, scale_3: Tensor, *, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of one mHC site from its streams, and the collapsed input of the sub-layer.
 
@@ -39,28 +82,39 @@ def mhc_pre(
     Returns:
         input `[T, D]`, post `[T, n]` fp32, comb `[T, n, n]` fp32 (columns sum to 1).
     """
-    n = streams_TND.shape[1]
-    mixes_TM = linear(rms_norm(streams_TND.flatten(1).float(), None, norm_eps), fn_MC.float())
-    pre, post, comb = mixes_TM.split([n, n, n * n], -1)
-    base_pre, base_post, base_comb = base_M.float().split([n, n, n * n])
-    scale_pre, scale_post, scale_comb = scale_3.float().unbind(0)
-    pre_TN = _sigmoid(pre * scale_pre + base_pre) + eps
-    post_TN = 2 * _sigmoid(post * scale_post + base_post)
-    logits_TNN = (comb * scale_comb + base_comb).unflatten(-1, (n, n))
-    exponentials = torch.exp(logits_TNN - logits_TNN.amax(-1, keepdim=True).detach())
-    start_TNN = exponentials / exponentials.sum(-1, keepdim=True) + eps
-    return _collapse(pre_TN, streams_TND), post_TN, sinkhorn(start_TNN, iterations, eps)
+    _, n, dim = expect("mhc_pre", "streams", streams_TND, "T", "n", "D")
+    width = (2 + n) * n
+    expect("mhc_pre", "fn", fn_MC, width, n * dim)
+    expect("mhc_pre", "base", base_M, width)
+    expect("mhc_pre", "scale", scale_3, 3)
+    if has_kernels(streams_TND):
+        inputs = streams_TND.float(), fn_MC.float(), base_M.float(), scale_3.float()
+        x_TD, post_TN, comb_TNN = differentiable(_Site, *inputs, iterations, eps, norm_eps)
+        return narrow(x_TD, streams_TND), post_TN, comb_TNN
+    return oracle.mhc_pre(streams_TND, fn_MC, base_M, scale_3, iterations=iterations, eps=eps, norm_eps=norm_eps)
 
 
 def mhc_post(streams_TND: Tensor, out_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
     """New streams: `stream_k = post_k · out + sum_j comb[j, k] · stream_j`, mixed in fp32."""
-    mixed = torch.bmm(comb_TNN.transpose(1, 2), streams_TND.float())
-    return (mixed + post_TN.unsqueeze(-1) * out_TD.float().unsqueeze(1)).to(streams_TND.dtype)
+    tokens, n, dim = expect("mhc_post", "streams", streams_TND, "T", "n", "D")
+    expect("mhc_post", "out", out_TD, tokens, dim)
+    expect("mhc_post", "post", post_TN, tokens, n)
+    expect("mhc_post", "comb", comb_TNN, tokens, n, n)
+    if has_kernels(streams_TND):
+        inputs = streams_TND.float(), out_TD.float(), post_TN.float(), comb_TNN.float()
+        return narrow(differentiable(_Post, *inputs), streams_TND)
+    return oracle.mhc_post(streams_TND, out_TD, post_TN, comb_TNN)
 
 
 def mhc_head(
     streams_TND: Tensor, fn_NC: Tensor, base_N: Tensor, scale_1: Tensor, *, eps: float, norm_eps: float
 ) -> Tensor:
     """Collapse the streams after the last layer: `sum_n (sigmoid(mix_n) + eps) · stream_n`."""
-    mixes_TN = linear(rms_norm(streams_TND.flatten(1).float(), None, norm_eps), fn_NC.float())
-    return _collapse(_sigmoid(mixes_TN * scale_1.float() + base_N.float()) + eps, streams_TND)
+    _, n, dim = expect("mhc_head", "streams", streams_TND, "T", "n", "D")
+    expect("mhc_head", "fn", fn_NC, n, n * dim)
+    expect("mhc_head", "base", base_N, n)
+    expect("mhc_head", "scale", scale_1, 1)
+    if has_kernels(streams_TND):
+        inputs = streams_TND.float(), fn_NC.float(), base_N.float(), scale_1.float()
+        return narrow(differentiable(_Site, *inputs, 0, eps, norm_eps)[0], streams_TND)
+    return oracle.mhc_head(streams_TND, fn_NC, base_N, scale_1, eps=eps, norm_eps=norm_eps)

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.kernels.indexer.op import topk_stable
-from posttrain.kernels.linear.op import linear, minimum_rows
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.linear.op import ALIGNMENT, linear, minimum_rows
+from posttrain.kernels.moe import oracle
+
+cpu = Kernels(__package__)
 
 
-def sqrt_softplus(logits: Tensor) -> Tensor:
-    """`sqrt(log(1 + exp(x)))` in fp32."""
-    logits = logits.float()
-    return torch.sqrt(logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs())))
+class _Route(torch.autograd.Function):
+    """Experts and weights from router logits; given a bias it chooses, given experts it weighs them."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, experts_TK: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        scores_TE, weights_TK = torch.empty_like(logits_TE), logits_TE.new_empty(experts_TK.shape)
+        shape = *logits_TE.shape, experts_TK.shape[1], scaling
+        run(cpu.route, logits_TE, bias_E, *shape, scores_TE, experts_TK, weights_TK)
+        ctx.save_for_backward(logits_TE, scores_TE, experts_TK)
+        ctx.shape = shape
+        ctx.mark_non_differentiable(experts_TK)
+        return experts_TK, weights_TK
 
-def _combine_weights(scores_TE: Tensor, experts_TK: Tensor, scaling: float) -> Tensor:
-    weights_TK = scores_TE.gather(1, experts_TK)
-    return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * scaling
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TE, *others = ctx.saved_tensors
+        dlogits_TE = torch.zeros_like(logits_TE)
+        run(cpu.route_gradient, logits_TE, *others, *ctx.shape, gradients[1].contiguous(), dlogits_TE)
+        return dlogits_TE, None, None, None
 
 
 def route_topk(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -28,110 +45,122 @@ def route_topk(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, k: int, scaling:
     Returns:
         Expert numbers `[T, k]` int64 (ties to the lowest) and their weights `[T, k]` fp32, which sum to `scaling`.
     """
-    scores_TE = sqrt_softplus(linear(x_TH.float(), weight_EH.float()))
-    experts_TK = topk_stable(scores_TE.detach() + bias_E, k)
-    return experts_TK, _combine_weights(scores_TE, experts_TK, scaling)
+    tokens, hidden = expect("route_topk", "x", x_TH, "T", "H")
+    experts, _ = expect("route_topk", "weight", weight_EH, "E", hidden)
+    expect("route_topk", "bias", bias_E, experts)
+    if not 1 <= k <= experts:
+        raise ValueError(f"route_topk: k is {k}; expected 1 to {experts}, the number of experts")
+    if has_kernels(x_TH):
+        logits_TE = linear(x_TH.float(), weight_EH.float())
+        chosen_TK = torch.empty(tokens, k, dtype=torch.int64)
+        return differentiable(_Route, logits_TE, bias_E.float(), chosen_TK, scaling)
+    return oracle.route_topk(x_TH, weight_EH, bias_E, k, scaling)
 
 
 def route_hash(
     x_TH: Tensor, weight_EH: Tensor, table_VK: Tensor, tokens_T: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Experts by a frozen table of token ids; the learned gate only weighs them. Returns as `route_topk`."""
-    scores_TE = sqrt_softplus(linear(x_TH.float(), weight_EH.float()))
-    experts_TK = table_VK[tokens_T].long()
-    return experts_TK, _combine_weights(scores_TE, experts_TK, scaling)
+    tokens, hidden = expect("route_hash", "x", x_TH, "T", "H")
+    expect("route_hash", "weight", weight_EH, "E", hidden)
+    expect("route_hash", "table", table_VK, "V", "K")
+    expect("route_hash", "tokens", tokens_T, tokens)
+    if has_kernels(x_TH):
+        logits_TE = linear(x_TH.float(), weight_EH.float())
+        return differentiable(_Route, logits_TE, None, table_VK[tokens_T].long(), scaling)
+    return oracle.route_hash(x_TH, weight_EH, table_VK, tokens_T, scaling)
 
 
-def _silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def _swiglu(hidden_N2I: Tensor, limit: float) -> Tensor:
-    gate, up = hidden_N2I.chunk(2, -1)
-    return _silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-
-
-def _swiglu_backward(hidden_N2I: Tensor, gradient_NI: Tensor, limit: float) -> Tensor:
-    gate, up = hidden_N2I.chunk(2, -1)
-    clamped_gate, clamped_up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    sigmoid = 1 / (1 + torch.exp(-clamped_gate))
-    dgate = gradient_NI * clamped_up * sigmoid * (1 + clamped_gate * (1 - sigmoid)) * (gate <= limit)
-    dup = gradient_NI * clamped_gate * sigmoid * (up.abs() <= limit)
-    return torch.cat((dgate, dup), -1)
-
-
-class _SwigluFunction(torch.autograd.Function):
+class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_N2I: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(hidden_N2I)
+    def forward(ctx: Any, hidden_NJ: Tensor, limit: float) -> Tensor:
+        hidden_NJ = hidden_NJ.contiguous()
+        shape = len(hidden_NJ), hidden_NJ.shape[1] // 2
+        out_NI = hidden_NJ.new_empty(shape)
+        run(cpu.swiglu, hidden_NJ, *shape, limit, out_NI)
+        ctx.save_for_backward(hidden_NJ)
         ctx.limit = limit
-        return _swiglu(hidden_N2I, limit)
+        return out_NI
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (hidden_N2I,) = ctx.saved_tensors
-        return _swiglu_backward(hidden_N2I, gradients[0], ctx.limit), None
+        (hidden_NJ,) = ctx.saved_tensors
+        gradient_NI, dhidden_NJ = gradients[0].contiguous(), torch.empty_like(hidden_NJ)
+        run(cpu.swiglu_gradient, hidden_NJ, *gradient_NI.shape, ctx.limit, gradient_NI, dhidden_NJ)
+        return dhidden_NJ, None
 
 
 def swiglu_mlp(x_TH: Tensor, gate_up_JH: Tensor, down_HI: Tensor, limit: float) -> Tensor:
-    """The shared expert: `down(silu(min(gate, limit)) · clamp(up, ±limit))`, gate and up stacked in `gate_up_JH` (J = 2I)."""
-    return linear(_SwigluFunction.apply(linear(x_TH, gate_up_JH), limit), down_HI)
-
-
-def _rows_product(x_NI: Tensor, weight_OI: Tensor, out_NO: Tensor) -> None:
-    """`out = x · weightᵀ` in place, with `linear`'s promise about rows."""
-    if x_NI.shape[0] >= minimum_rows(x_NI.device):
-        torch.mm(x_NI, weight_OI.t(), out=out_NO)
-    else:
-        out_NO.copy_(linear(x_NI, weight_OI))
+    """The shared expert: `down(silu(min(gate, limit)) · clamp(up, ±limit))`; `gate_up_JH` is gate above up (J = 2I)."""
+    _, hidden = expect("swiglu_mlp", "x", x_TH, "T", "H")
+    inner = expect("swiglu_mlp", "gate_up", gate_up_JH, "J", hidden)[0] // 2
+    expect("swiglu_mlp", "down", down_HI, hidden, inner)
+    hidden_TJ = linear(x_TH, gate_up_JH)
+    if has_kernels(x_TH):
+        return linear(narrow(differentiable(_Swiglu, hidden_TJ.float(), limit), x_TH), down_HI)
+    return linear(oracle.swiglu(hidden_TJ, limit), down_HI)
 
 
 class _Experts(torch.autograd.Function):
-    """Tokens sorted by expert, one product for each expert that has any, results added in slot order."""
+    """Rows laid out by expert, one product for each expert that has any, results added in slot order."""
 
     @staticmethod
     def forward(
         ctx: Any, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, limit: float
     ) -> Tensor:
-        tokens, slots = experts_TK.shape
-        order_N = torch.argsort(experts_TK.flatten(), stable=True)
-        ends = torch.bincount(experts_TK.flatten(), minlength=w13.shape[0]).cumsum(0).tolist()
-        x_NH = x_TH.index_select(0, order_N // slots)
-        hidden_NJ = x_NH.new_empty(len(order_N), w13.shape[1])
-        out_NH = torch.empty_like(x_NH)
-        for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            if end > start:
-                _rows_product(x_NH[start:end], w13[expert], hidden_NJ[start:end])
-        act_NI = _swiglu(hidden_NJ, limit)
-        for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            if end > start:
-                _rows_product(act_NI[start:end], w2[expert], out_NH[start:end])
-        slots_TKH = torch.empty_like(out_NH).index_copy_(0, order_N, out_NH).view(tokens, slots, -1)
-        ctx.save_for_backward(x_NH, hidden_NJ, act_NI, slots_TKH, order_N, weights_TK, w13, w2)
-        ctx.ends, ctx.limit = ends, limit
-        return (slots_TKH * weights_TK.to(x_TH.dtype).unsqueeze(-1)).sum(1)
+        x_TH, weights_TK, experts_TK = x_TH.contiguous(), weights_TK.contiguous(), experts_TK.long().contiguous()
+        hidden, inner = x_TH.shape[1], w2.shape[2]
+        starts, places = experts_TK.new_empty(len(w13) + 1), torch.empty_like(experts_TK)
+        run(cpu.group, experts_TK, experts_TK.numel(), len(w13), minimum_rows(x_TH.device), starts, places)
+        bounds = starts.tolist()
+        rows, layout = bounds[-1], (places, *experts_TK.shape, hidden)
+        used = [expert for expert, (start, end) in enumerate(pairwise(bounds)) if start < end]
+        sizes = [bounds[expert + 1] - bounds[expert] for expert in used]
+        x_NH, hidden_NJ = x_TH.new_empty(rows, hidden), x_TH.new_empty(rows, 2 * inner)
+        act_NI, out_NH, out_TH = x_TH.new_empty(rows, inner), x_TH.new_empty(rows, hidden), torch.empty_like(x_TH)
+        run(cpu.scatter, x_TH, *layout, None, x_NH, rows)
+        _multiply(x_NH, w13.transpose(1, 2), used, sizes, hidden_NJ)
+        run(cpu.swiglu, hidden_NJ, rows, inner, limit, act_NI)
+        _multiply(act_NI, w2.transpose(1, 2), used, sizes, out_NH)
+        run(cpu.combine, out_NH, *layout, weights_TK, out_TH)
+        ctx.save_for_backward(x_NH, hidden_NJ, act_NI, out_NH, weights_TK, w13, w2, places)
+        ctx.used, ctx.sizes, ctx.limit = used, sizes, limit
+        return out_TH
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_NH, hidden_NJ, act_NI, slots_TKH, order_N, weights_TK, w13, w2 = ctx.saved_tensors
-        gradient_TH = gradients[0]
-        tokens, slots, hidden_size = slots_TKH.shape
-        dweights_TK = (slots_TKH * gradient_TH.unsqueeze(1)).sum(-1).to(weights_TK.dtype)
-        dslots_TKH = gradient_TH.unsqueeze(1) * weights_TK.to(gradient_TH.dtype).unsqueeze(-1)
-        dout_NH = dslots_TKH.view(-1, hidden_size).index_select(0, order_N)
-        dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
-        dact_NI = torch.empty_like(act_NI)
-        spans = [span for span in enumerate(zip([0, *ctx.ends], ctx.ends, strict=False)) if span[1][1] > span[1][0]]
-        for expert, (start, end) in spans:
-            torch.mm(dout_NH[start:end], w2[expert], out=dact_NI[start:end])
-            torch.mm(dout_NH[start:end].t(), act_NI[start:end], out=dw2[expert])
-        dhidden_NJ = _swiglu_backward(hidden_NJ, dact_NI, ctx.limit)
-        dx_NH = torch.empty_like(x_NH)
-        for expert, (start, end) in spans:
-            torch.mm(dhidden_NJ[start:end], w13[expert], out=dx_NH[start:end])
-            torch.mm(dhidden_NJ[start:end].t(), x_NH[start:end], out=dw13[expert])
-        dx_TH = torch.empty_like(dx_NH).index_copy_(0, order_N, dx_NH).view(tokens, slots, -1).sum(1)
+        x_NH, hidden_NJ, act_NI, out_NH, weights_TK, w13, w2, places = ctx.saved_tensors
+        used, sizes = ctx.used, ctx.sizes
+        gradient_TH, layout = gradients[0].contiguous(), (places, *weights_TK.shape, x_NH.shape[1])
+        dweights_TK, dx_TH = torch.empty_like(weights_TK), torch.empty_like(gradient_TH)
+        dout_NH, dact_NI, dhidden_NJ = torch.empty_like(out_NH), torch.empty_like(act_NI), torch.empty_like(hidden_NJ)
+        dx_NH, dw13, dw2 = torch.empty_like(x_NH), torch.zeros_like(w13), torch.zeros_like(w2)
+        run(cpu.weight_gradient, out_NH, *layout, gradient_TH, dweights_TK)
+        run(cpu.scatter, gradient_TH, *layout, weights_TK, dout_NH, len(dout_NH))
+        _multiply(dout_NH, w2, used, sizes, dact_NI)
+        _multiply_transposed(dout_NH, act_NI, used, sizes, dw2)
+        run(cpu.swiglu_gradient, hidden_NJ, *act_NI.shape, ctx.limit, dact_NI, dhidden_NJ)
+        _multiply(dhidden_NJ, w13, used, sizes, dx_NH)
+        _multiply_transposed(dhidden_NJ, x_NH, used, sizes, dw13)
+        run(cpu.combine, dx_NH, *layout, None, dx_TH)
         return dx_TH, None, dweights_TK, dw13, dw2, None
+
+
+def _multiply(rows_NI: Tensor, matrices_EIO: Tensor, used: list[int], sizes: list[int], out_NO: Tensor) -> None:
+    """Each used expert's rows, of which there are enough, times its matrix."""
+    matrices = matrices_EIO.unbind(0)
+    for expert, rows, out in zip(used, rows_NI.split(sizes), out_NO.split(sizes), strict=True):
+        if rows.shape[1] % ALIGNMENT:
+            out.copy_(linear(rows, matrices[expert].t()))
+        else:
+            torch.mm(rows, matrices[expert], out=out)
+
+
+def _multiply_transposed(left_NA: Tensor, right_NB: Tensor, used: list[int], sizes: list[int], out_EAB: Tensor) -> None:
+    """Each used expert's `leftᵀ · right`."""
+    outs = out_EAB.unbind(0)
+    for expert, left, right in zip(used, left_NA.split(sizes), right_NB.split(sizes), strict=True):
+        torch.mm(left.t(), right, out=outs[expert])
 
 
 def moe_experts(
@@ -150,4 +179,12 @@ def moe_experts(
     Returns:
         `[T, H]`; slots are added in their order, so the sum does not depend on the batch.
     """
-    return _Experts.apply(x_TH, experts_TK, weights_TK, w13_EJH, w2_EHI, limit)
+    tokens, hidden = expect("moe_experts", "x", x_TH, "T", "H")
+    slots = expect("moe_experts", "experts", experts_TK, tokens, "K")[1]
+    expect("moe_experts", "weights", weights_TK, tokens, slots)
+    experts, _, inner = expect("moe_experts", "w2", w2_EHI, "E", hidden, "I")
+    expect("moe_experts", "w13", w13_EJH, experts, 2 * inner, hidden)
+    if has_kernels(x_TH):
+        inputs = x_TH.float(), experts_TK, weights_TK.float(), w13_EJH.float(), w2_EHI.float()
+        return narrow(differentiable(_Experts, *inputs, limit), x_TH)
+    return oracle.moe_experts(x_TH, experts_TK, weights_TK, w13_EJH, w2_EHI, limit)

@@ -7,30 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.norm import oracle
+
+cpu = Kernels(__package__)
+
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean(x²) + eps) · w in fp32; `1 / sqrt` because vectorised `rsqrt` is not correctly rounded."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        x32 = x.float()
-        inverse = (x32.square().mean(-1, keepdim=True) + eps).sqrt_().reciprocal_()
-        normed = x32 * inverse
-        ctx.save_for_backward(normed, inverse, weight)
-        return (normed if weight is None else normed * weight.float()).to(x.dtype)
+        x = x.contiguous()
+        dim, out = x.shape[-1], torch.empty_like(x)
+        inverse = x.new_empty(x.shape[:-1]) if any(ctx.needs_input_grad) else None
+        run(cpu.forward, x, weight, x.numel() // dim, dim, eps, out, inverse)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        normed, inverse, weight = ctx.saved_tensors
-        dtype = gradients[0].dtype
-        gradient = gradients[0].float()
-        weight_gradient = None
-        if weight is not None:
-            if ctx.needs_input_grad[1]:
-                weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
-            gradient = gradient * weight.float()
-        x_gradient = (gradient - normed * (gradient * normed).mean(-1, keepdim=True)) * inverse
-        return x_gradient.to(dtype), weight_gradient, None
+        x, weight, inverse = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), None if weight is None else torch.zeros_like(weight)
+        run(cpu.backward, x, weight, inverse, inverse.numel(), x.shape[-1], gradients[0].contiguous(), dx, dweight)
+        return dx, dweight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -38,6 +37,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     Args:
         x: `[..., D]`.
-        weight: `[D]`, or None for the unweighted norm (query heads, mHC input).
+        weight: `[D]`, or None for the unweighted norm (query heads).
     """
-    return _RMSNorm.apply(x, weight, eps)
+    if weight is not None:
+        expect("rms_norm", "weight", weight, x.shape[-1])
+    if has_kernels(x):
+        return narrow(differentiable(_RMSNorm, x.float(), weight if weight is None else weight.float(), eps), x)
+    return oracle.rms_norm(x, weight, eps)

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.kernels.checks import expect
+from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.rope import oracle
 
-def _rotate(x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    half = cos_TR.shape[-1]
-    shape = (cos_TR.shape[0],) + (1,) * (x.dim() - 2) + (half,)
-    cos, sin = cos_TR.view(shape), sin_TR.view(shape)
-    out = x.clone()
-    even, odd = x[..., -2 * half :: 2].float(), x[..., -2 * half + 1 :: 2].float()
-    out[..., -2 * half :: 2] = even * cos - odd * sin
-    out[..., -2 * half + 1 :: 2] = odd * cos + even * sin
+cpu = Kernels(__package__)
+
+
+def _rotate(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, backwards: bool) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    heads = math.prod(x.shape[1:-1])
+    run(cpu.rotate, x, len(x) * heads, heads, x.shape[-1], cos_TR, sin_TR, cos_TR.shape[1], backwards, out)
     return out
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -> Tensor:
         ctx.save_for_backward(cos_TR, sin_TR)
-        return _rotate(x, cos_TR, sin_TR)
+        ctx.inverse = inverse
+        return _rotate(x, cos_TR, sin_TR, inverse)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         cos_TR, sin_TR = ctx.saved_tensors
-        return _rotate(gradients[0], cos_TR, -sin_TR), None, None
+        return _rotate(gradients[0], cos_TR, sin_TR, not ctx.inverse), None, None, None
 
 
 def apply_rope(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False) -> Tensor:
@@ -39,4 +44,11 @@ def apply_rope(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False)
         cos_TR, sin_TR: `[T, R]`, fp32.
         inverse: rotate back. V4 does this to the attention output, because its keys are its values.
     """
-    return _Rope.apply(x, cos_TR, -sin_TR if inverse else sin_TR)
+    _, half = expect("apply_rope", "cos", cos_TR, len(x), "R")
+    expect("apply_rope", "sin", sin_TR, len(x), half)
+    if x.dim() < 2 or x.shape[-1] < 2 * half:
+        raise ValueError(f"apply_rope: x has shape {list(x.shape)}; expected [T, ..., at least {2 * half}]")
+    if has_kernels(x):
+        angles = cos_TR.contiguous(), sin_TR.contiguous()
+        return narrow(differentiable(_Rope, x.float(), *angles, inverse), x)
+    return oracle.apply_rope(x, cos_TR, -sin_TR if inverse else sin_TR)

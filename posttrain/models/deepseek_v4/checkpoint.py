@@ -65,7 +65,9 @@ def resolve_directory(name_or_path: str | os.PathLike, **hub: Any) -> Path:
 
     keys = ("revision", "cache_dir", "token", "local_files_only")
     options = {key: hub[key] for key in keys if hub.get(key) is not None}
-    return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "tokenizer*"], **options))
+    return Path(
+        snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "tokenizer*"], **options)
+    )
 
 
 def read_config(directory: Path) -> DeepseekV4Config:
@@ -200,7 +202,11 @@ def released_tensors(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, Tenso
             yield short, tensor
             continue
         prefix, which = stacked.groups()
-        experts = [(f"{prefix}.{number}", part) for number, part in enumerate(tensor)] if tensor.dim() == 3 else [(prefix, tensor)]
+        experts = (
+            [(f"{prefix}.{number}", part) for number, part in enumerate(tensor)]
+            if tensor.dim() == 3
+            else [(prefix, tensor)]
+        )
         for expert, part in experts:
             if which == "w2":
                 yield f"{expert}.w2.weight", part

@@ -36,7 +36,7 @@ class AttentionContext(Protocol):
     """int64 position of each token in its sequence."""
 
     def window(self, name: str, kv_TD: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Store `[S, D]` and rows `[T, W]` of the last `width` tokens, oldest first, -1 for none; W a multiple of BLOCK."""
+        """Store `[S, D]` and rows `[T, W]` of the last `width` tokens, oldest first, -1 for none; W is n * BLOCK."""
 
     def windows(self, name: str, state_TC: Tensor, rate: int, overlap: bool) -> Windows:
         """The blocks of `rate` tokens that these tokens complete."""

@@ -220,7 +220,7 @@ class Gate(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """Experts' matrices stacked: `w13[E, 2I, H]` is gate above up, `w2[E, H, I]` is down. `E` is absent for one expert."""
+    """Experts' matrices stacked: `w13[E, 2I, H]` is gate above up, `w2[E, H, I]` is down. No `E` for one expert."""
 
     def __init__(self, lead: tuple[int, ...], hidden: int, inner: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ left padding and for packing: https://github.com/huggingface/transformers/issues
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class DeepseekV4PreTrainedModel(PreTrainedModel):
     config_class = DeepseekV4Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -120,7 +120,9 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
         rows_T, context = _packing(input_ids, attention_mask, position_ids)
         flat = input_ids.flatten()
         if rows_T is None:
-            return BaseModelOutputWithPast(last_hidden_state=self.forward_packed(flat, context).view(*input_ids.shape, -1))
+            return BaseModelOutputWithPast(
+                last_hidden_state=self.forward_packed(flat, context).view(*input_ids.shape, -1)
+            )
         hidden_TD = self.forward_packed(flat[rows_T], context)
         hidden = hidden_TD.new_zeros(flat.shape[0], hidden_TD.shape[-1]).index_copy(0, rows_T, hidden_TD)
         return BaseModelOutputWithPast(last_hidden_state=hidden.view(*input_ids.shape, -1))
@@ -132,7 +134,9 @@ def _packing(
     """Rows of the flattened batch that are real tokens (None: all), and their context."""
     batch, length = input_ids.shape
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [batch, length], 0 on padding; got shape {tuple(attention_mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be [batch, length], 0 on padding; got shape {tuple(attention_mask.shape)}"
+        )
     if attention_mask is not None and not bool(attention_mask.all()):
         mask = attention_mask.bool()
         lengths = mask.sum(1)
@@ -154,7 +158,7 @@ def _boundaries(lengths_B: Tensor) -> Tensor:
 
 
 class DeepseekV4ForCausalLM(DeepseekV4PreTrainedModel, GenerationMixin):
-    """Backbone and head. `from_pretrained` reads released layouts and transformers' own, `save_pretrained` writes the former."""
+    """Backbone and head. `from_pretrained` reads released and transformers' layouts, `save_pretrained` the former."""
 
     _is_stateful = True
 
@@ -180,7 +184,9 @@ class DeepseekV4ForCausalLM(DeepseekV4PreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = new_embeddings
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> dict:
         """Every step reads the whole sequence: fast generation is the engine's work."""
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
 

@@ -1,0 +1,95 @@
+"""How CPU kernels are compiled, and how tensors get into them.
+
+numba comes with vLLM. It is imported at the first call of a kernel, never with a module of the op table: vLLM 0.32
+walks every loaded module when a CPU worker starts and fails on an object of llvmlite's
+(`vllm.triton_utils.dispatcher._rebind_kernels`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., Any]
+
+SHARED = Path(__file__).with_name("simd.py")
+"""What every kernel is made of."""
+
+
+def compiled(function: Kernel) -> Kernel:
+    """Compile at the first call, to run without the GIL; the machine code is kept on disk where that is possible."""
+    import numba
+
+    try:
+        kernel = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # numba found no directory that it may write to
+        return numba.njit(nogil=True)(function)
+    # numba compiles again when the kernel's own file changes; it must when the vectors do.
+    index, shared = kernel._cache._cache_file, SHARED.stat()
+    index._source_stamp = (*index._source_stamp, shared.st_mtime, shared.st_size)
+    return kernel
+
+
+class Kernels:
+    """The kernels of an op family: the module `cpu` beside the op, imported when the first of them is asked for."""
+
+    def __init__(self, package: str) -> None:
+        self._module = f"{package}.cpu"
+
+    def __getattr__(self, name: str) -> Kernel:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        kernel = getattr(importlib.import_module(self._module), name)
+        setattr(self, name, kernel)
+        return kernel
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether an op runs its compiled kernel on this tensor (in fp32, whatever narrower dtype comes) or its oracle."""
+    return tensor.is_cpu and tensor.dtype is not torch.float64
+
+
+def narrow(result: Tensor, like: Tensor) -> Tensor:
+    """The result in the input's dtype."""
+    return result if result.dtype is like.dtype else result.to(like.dtype)
+
+
+def float_rows(store_SD: Tensor) -> Tensor:
+    """fp32; rows may stand apart (a column of a cache), channels may not."""
+    store_SD = store_SD.float()
+    return store_SD if store_SD.stride(1) == 1 else store_SD.contiguous()
+
+
+def run(kernel: Kernel, *args: Any) -> Any:
+    """Call a kernel with the addresses of tensors, which stay alive meanwhile; None becomes the address 0."""
+    return kernel(*[_address(arg) if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args])
+
+
+def _address(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(f"a kernel needs contiguous memory; got shape {list(tensor.shape)}, strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+class _NoGradient:
+    """Stands in for autograd's context where nothing will be differentiated."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Nothing is kept."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Nothing is differentiable."""
+
+
+def differentiable(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply`, or its forward alone where no gradient is asked for: much cheaper on a few tokens."""
+    if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
+        return function.apply(*inputs)
+    return function.forward(_NoGradient(), *inputs)

@@ -1,0 +1,66 @@
+"""Accuracy of several runs as Markdown: `python scripts/results_table.py runs/a runs/b runs/c`, a run for each seed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def main(directories: list[str]) -> int:
+    """Print the tables of the runs in `directories`."""
+    reports = [json.loads((Path(directory) / "report.json").read_text()) for directory in directories]
+    if not reports:
+        print("name the run directories", file=sys.stderr)
+        return 2
+    print(accuracy_table(reports))
+    print()
+    print(facts_table(reports))
+    return 0
+
+
+def accuracy_table(reports: list[Report]) -> str:
+    """A row for each model, a column for each domain and seed."""
+    domains = list(reports[0]["models"][0]["eval"])
+    columns = [(domain, report) for domain in domains for report in reports]
+    lines = ["| model | " + " | ".join(f"{domain}, seed {report['seed']}" for domain, report in columns) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    for name in [model["name"] for model in reports[0]["models"]]:
+        cells = [cell(report, name, domain) for domain, report in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(report: Report, name: str, domain: str) -> str:
+    """`87.5 (85.3–89.4)`: pass@1 and its 95 % interval in percent."""
+    found = [model for model in report["models"] if model["name"] == name]
+    if not found or domain not in found[0]["eval"]:
+        return "–"
+    result = found[0]["eval"][domain]
+    low, high = result["ci95"]
+    return f"{100 * result['pass@1']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def facts_table(reports: list[Report]) -> str:
+    """What each run took."""
+    rows = {
+        "wall-clock, minutes": lambda r: f"{r['wall_seconds'] / 60:.1f}",
+        "peak resident memory in all, GiB": lambda r: f"{r['resources']['peak_rss_bytes'] / 2**30:.2f}",
+        "largest trainer − sampler log-probability": lambda r: f"{r['rollout']['max_abs_logprob_diff']:.1e}",
+        "k3": lambda r: f"{r['rollout']['k3']:.0e}",
+        "weight update, median seconds": lambda r: f"{r['rollout']['weight_sync_seconds_median']:.3f}",
+        "rollout tokens/s": lambda r: f"{r['rollout']['tokens_per_second']:,.0f}",
+    }
+    lines = [
+        "| | " + " | ".join(f"seed {report['seed']}" for report in reports) + " |",
+        "| --- |" + " --- |" * len(reports),
+    ]
+    lines += [f"| {title} | " + " | ".join(show(report) for report in reports) + " |" for title, show in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

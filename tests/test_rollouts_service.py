@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -339,8 +340,10 @@ def test_stopping_a_pool_ends_its_workers_only(service: Service, tmp_path: Path)
     assert largest_difference(tied, prompts, client.generate(prompts, Sampling(max_tokens=8)), 1.0) <= TOLERANCE
     (worker,) = pool._workers
     pool.stop()
-    with pytest.raises(RayActorError):
-        ray.get(worker.ping.remote(), timeout=30)
+    with pytest.raises(RayActorError):  # ray.kill does not wait for the end
+        for _ in range(300):
+            ray.get(worker.ping.remote(), timeout=30)
+            time.sleep(0.1)
     assert ray.get([other.ping.remote() for other in service.pool._workers]) == [True, True]
 
 

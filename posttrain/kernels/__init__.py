@@ -11,9 +11,9 @@ sampler's log-probabilities the trainer's:
    and those that do are added in order, so that more padding changes nothing.
 3. *Ties go to the lowest index* in every top-k.
 
-A family is a directory: `op.py` is what the model calls (it checks shapes, then runs a kernel), `cpu.py` the kernels for
-fp32 on the CPU, compiled by numba at their first call, `oracle.py` the same in plain differentiable torch: what tests
-compare with, and what runs in fp64 and on devices that have no kernel yet.
+A family is a directory: `op.py` is what the model calls (it checks shapes, then runs a kernel), `cpu.py` the kernels
+for the CPU, compiled by numba at their first call, `oracle.py` the same in plain differentiable torch: what tests
+compare with, and what runs in fp64 and on devices that have no kernels yet.
 """
 
 from posttrain.kernels.attention.op import sparse_attention

@@ -17,21 +17,22 @@ from torch import Tensor
 
 Kernel = Callable[..., Any]
 
-SHARED = Path(__file__).with_name("simd.py")
-"""What every kernel is made of."""
+SHARED = (Path(__file__), Path(__file__).with_name("simd.py"))
+"""What every kernel is made with and of."""
 
 
 def compiled(function: Kernel) -> Kernel:
     """Compile at the first call, to run without the GIL; the machine code is kept on disk where that is possible."""
     import numba
 
+    options = {"nogil": True, "error_model": "numpy"}  # a division by zero gives inf or NaN
     try:
-        kernel = numba.njit(cache=True, nogil=True)(function)
+        kernel = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no directory that it may write to
-        return numba.njit(nogil=True)(function)
-    # numba compiles again when the kernel's own file changes; it must when the vectors do.
-    index, shared = kernel._cache._cache_file, SHARED.stat()
-    index._source_stamp = (*index._source_stamp, shared.st_mtime, shared.st_size)
+        return numba.njit(**options)(function)
+    # numba compiles again when the kernel's own file has changed; it must when these have.
+    index, stamps = kernel._cache._cache_file, [file.stat() for file in SHARED]
+    index._source_stamp = (index._source_stamp, *((stamp.st_mtime, stamp.st_size) for stamp in stamps))
     return kernel
 
 
@@ -57,6 +58,11 @@ def has_kernels(tensor: Tensor) -> bool:
 def narrow(result: Tensor, like: Tensor) -> Tensor:
     """The result in the input's dtype."""
     return result if result.dtype is like.dtype else result.to(like.dtype)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """fp32, without gaps."""
+    return tensor.float().contiguous()
 
 
 def float_rows(store_SD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from posttrain.kernels.attention import oracle
 from posttrain.kernels.blocks import BLOCK
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, float_rows, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, float_rows, has_kernels, narrow, run
 
 cpu = Kernels(__package__)
 Source = tuple[int, int, int, int, int]
@@ -29,7 +29,6 @@ class _SparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_THD: Tensor, sink_H: Tensor, scale: float, store_a: Tensor, store_b: Tensor, *indices: Tensor
     ) -> Tensor:
-        q_THD = q_THD.contiguous()
         tokens, heads, dim = q_THD.shape
         keep = any(ctx.needs_input_grad)
         out_THD, sinks_TH = torch.empty_like(q_THD), q_THD.new_empty(tokens, heads)
@@ -82,6 +81,6 @@ def sparse_attention(q_THD: Tensor, sources: Sequence[tuple[Tensor, Tensor]], si
         return oracle.sparse_attention(q_THD, sources, sink_H, scale)
     nothing = q_THD[:0, 0], q_THD[:, 0, :0]
     (store_a, index_a), (store_b, index_b) = sources if len(sources) == 2 else (*sources, nothing)
-    inputs = q_THD.float(), sink_H.float(), scale, float_rows(store_a), float_rows(store_b)
+    inputs = dense(q_THD), dense(sink_H), scale, float_rows(store_a), float_rows(store_b)
     indices = index_a.long().contiguous(), index_b.long().contiguous()
     return narrow(differentiable(_SparseAttention, *inputs, *indices), q_THD)

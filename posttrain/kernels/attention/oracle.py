@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.kernels.blocks import block_sum
@@ -13,9 +14,8 @@ from posttrain.kernels.wide import wide
 
 def sparse_attention(q_THD: Tensor, sources: Sequence[tuple[Tensor, Tensor]], sink_H: Tensor, scale: float) -> Tensor:
     """See the op."""
-    entries_TKD = torch.cat(
-        [store[index.clamp(min=0).flatten()].view(*index.shape, store.shape[-1]) for store, index in sources], 1
-    )
+    # A row of zeros at the end is what -1 points to.
+    entries_TKD = torch.cat([F.pad(store, (0, 0, 0, 1))[index] for store, index in sources], 1)
     exists_TK = torch.cat([index >= 0 for _, index in sources], 1)
     scores_THK = wide(q_THD @ entries_TKD.transpose(1, 2)) * scale
     scores_THK = scores_THK.masked_fill(~exists_TK.unsqueeze(1), float("-inf"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.compress import oracle
 
 cpu = Kernels(__package__)
@@ -17,9 +17,8 @@ cpu = Kernels(__package__)
 class _Compress(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
-        kv_EMD, gate_EMD = kv_EMD.contiguous(), gate_EMD.contiguous()
         out_ED, weights_EMD = kv_EMD.new_empty(kv_EMD.shape[0], kv_EMD.shape[2]), torch.empty_like(kv_EMD)
-        run(cpu.forward, kv_EMD, gate_EMD, valid_EM.bool().contiguous(), *kv_EMD.shape, out_ED, weights_EMD)
+        run(cpu.forward, kv_EMD, gate_EMD, valid_EM, *kv_EMD.shape, out_ED, weights_EMD)
         ctx.save_for_backward(kv_EMD, weights_EMD, out_ED)
         return out_ED
 
@@ -50,5 +49,6 @@ def compress(kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
     expect("compress", "gate", gate_EMD, entries, members, dim)
     expect("compress", "valid", valid_EM, entries, members)
     if has_kernels(kv_EMD):
-        return narrow(differentiable(_Compress, kv_EMD.float(), gate_EMD.float(), valid_EM), kv_EMD)
+        inputs = dense(kv_EMD), dense(gate_EMD), valid_EM.bool().contiguous()
+        return narrow(differentiable(_Compress, *inputs), kv_EMD)
     return oracle.compress(kv_EMD, gate_EMD, valid_EM)

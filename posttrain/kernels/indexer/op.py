@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, float_rows, has_kernels, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, float_rows, has_kernels, run
 from posttrain.kernels.indexer import oracle
 
 cpu = Kernels(__package__)
@@ -17,11 +17,6 @@ cpu = Kernels(__package__)
 class _IndexScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates_TE: Tensor) -> Tensor:
-        q_THD, weights_TH, candidates_TE = (
-            q_THD.contiguous(),
-            weights_TH.contiguous(),
-            candidates_TE.long().contiguous(),
-        )
         out_TE = q_THD.new_empty(candidates_TE.shape)
         keys = keys_SD.data_ptr(), keys_SD.stride(0), len(keys_SD)
         run(cpu.forward, q_THD, weights_TH, *q_THD.shape, *keys, candidates_TE, candidates_TE.shape[1], out_TE)
@@ -56,7 +51,8 @@ def index_scores(q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates_
     expect("index_scores", "keys", keys_SD, "S", dim)
     expect("index_scores", "candidates", candidates_TE, tokens, "E")
     if has_kernels(q_THD):
-        return differentiable(_IndexScores, q_THD.float(), weights_TH.float(), float_rows(keys_SD), candidates_TE)
+        inputs = dense(q_THD), dense(weights_TH), float_rows(keys_SD), candidates_TE.long().contiguous()
+        return differentiable(_IndexScores, *inputs)
     return oracle.index_scores(q_THD, weights_TH, keys_SD, candidates_TE)
 
 

@@ -1,8 +1,8 @@
 """Matrix products whose rows do not depend on how many rows there are, nor on where in the matrix they stand.
 
-MKL gives a row the same bits under three conditions, found by trial over sizes (tests/test_kernels_invariance.py): enough
-rows for its blocked path, rows that start on 16 bytes, and more than one column of output. What does not meet them
-is padded with zeros.
+MKL gives a row the same bits under three conditions, found by trial over sizes (tests/test_kernels_invariance.py):
+enough rows for its blocked path, rows that start on 16 bytes, and more than one column of output. What does not
+meet them is padded with zeros.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.linear.op import linear
 from posttrain.kernels.mhc import oracle
 
@@ -23,9 +23,8 @@ class _Site(torch.autograd.Function):
         ctx: Any, streams_TND: Tensor, fn_MC: Tensor, base_M: Tensor, scale: Tensor, *constants: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         iterations, eps, norm_eps = constants
-        streams_TND = streams_TND.contiguous()
         tokens, n, dim = streams_TND.shape
-        raw_TM = linear(streams_TND.view(tokens, n * dim), fn_MC)
+        raw_TM = linear(streams_TND.view(tokens, n * dim), fn_MC).contiguous()
         x_TD, inverse_T = streams_TND.new_empty(tokens, dim), streams_TND.new_empty(tokens)
         others = n if len(base_M) > n else 0
         post_TN, comb_TNN = streams_TND.new_empty(tokens, others), streams_TND.new_empty(tokens, others, others)
@@ -54,7 +53,7 @@ class _Site(torch.autograd.Function):
 class _Post(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams_TND: Tensor, out_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
-        inputs = tuple(tensor.contiguous() for tensor in (streams_TND, out_TD, post_TN, comb_TNN))
+        inputs = streams_TND, out_TD, post_TN, comb_TNN
         mixed_TND = torch.empty_like(inputs[0])
         run(cpu.post_forward, *inputs, *streams_TND.shape, mixed_TND)
         ctx.save_for_backward(*inputs)
@@ -88,7 +87,7 @@ def mhc_pre(
     expect("mhc_pre", "base", base_M, width)
     expect("mhc_pre", "scale", scale_3, 3)
     if has_kernels(streams_TND):
-        inputs = streams_TND.float(), fn_MC.float(), base_M.float(), scale_3.float()
+        inputs = dense(streams_TND), dense(fn_MC), dense(base_M), dense(scale_3)
         x_TD, post_TN, comb_TNN = differentiable(_Site, *inputs, iterations, eps, norm_eps)
         return narrow(x_TD, streams_TND), post_TN, comb_TNN
     return oracle.mhc_pre(streams_TND, fn_MC, base_M, scale_3, iterations=iterations, eps=eps, norm_eps=norm_eps)
@@ -101,7 +100,7 @@ def mhc_post(streams_TND: Tensor, out_TD: Tensor, post_TN: Tensor, comb_TNN: Ten
     expect("mhc_post", "post", post_TN, tokens, n)
     expect("mhc_post", "comb", comb_TNN, tokens, n, n)
     if has_kernels(streams_TND):
-        inputs = streams_TND.float(), out_TD.float(), post_TN.float(), comb_TNN.float()
+        inputs = dense(streams_TND), dense(out_TD), dense(post_TN), dense(comb_TNN)
         return narrow(differentiable(_Post, *inputs), streams_TND)
     return oracle.mhc_post(streams_TND, out_TD, post_TN, comb_TNN)
 
@@ -115,6 +114,6 @@ def mhc_head(
     expect("mhc_head", "base", base_N, n)
     expect("mhc_head", "scale", scale_1, 1)
     if has_kernels(streams_TND):
-        inputs = streams_TND.float(), fn_NC.float(), base_N.float(), scale_1.float()
+        inputs = dense(streams_TND), dense(fn_NC), dense(base_N), dense(scale_1)
         return narrow(differentiable(_Site, *inputs, 0, eps, norm_eps)[0], streams_TND)
     return oracle.mhc_head(streams_TND, fn_NC, base_N, scale_1, eps=eps, norm_eps=norm_eps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.linear.op import ALIGNMENT, linear, minimum_rows
 from posttrain.kernels.moe import oracle
 
@@ -51,9 +51,9 @@ def route_topk(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, k: int, scaling:
     if not 1 <= k <= experts:
         raise ValueError(f"route_topk: k is {k}; expected 1 to {experts}, the number of experts")
     if has_kernels(x_TH):
-        logits_TE = linear(x_TH.float(), weight_EH.float())
+        logits_TE = dense(linear(x_TH.float(), weight_EH.float()))
         chosen_TK = torch.empty(tokens, k, dtype=torch.int64)
-        return differentiable(_Route, logits_TE, bias_E.float(), chosen_TK, scaling)
+        return differentiable(_Route, logits_TE, dense(bias_E), chosen_TK, scaling)
     return oracle.route_topk(x_TH, weight_EH, bias_E, k, scaling)
 
 
@@ -66,7 +66,7 @@ def route_hash(
     expect("route_hash", "table", table_VK, "V", "K")
     expect("route_hash", "tokens", tokens_T, tokens)
     if has_kernels(x_TH):
-        logits_TE = linear(x_TH.float(), weight_EH.float())
+        logits_TE = dense(linear(x_TH.float(), weight_EH.float()))
         return differentiable(_Route, logits_TE, None, table_VK[tokens_T].long(), scaling)
     return oracle.route_hash(x_TH, weight_EH, table_VK, tokens_T, scaling)
 
@@ -74,7 +74,6 @@ def route_hash(
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NJ: Tensor, limit: float) -> Tensor:
-        hidden_NJ = hidden_NJ.contiguous()
         shape = len(hidden_NJ), hidden_NJ.shape[1] // 2
         out_NI = hidden_NJ.new_empty(shape)
         run(cpu.swiglu, hidden_NJ, *shape, limit, out_NI)
@@ -97,7 +96,7 @@ def swiglu_mlp(x_TH: Tensor, gate_up_JH: Tensor, down_HI: Tensor, limit: float) 
     expect("swiglu_mlp", "down", down_HI, hidden, inner)
     hidden_TJ = linear(x_TH, gate_up_JH)
     if has_kernels(x_TH):
-        return linear(narrow(differentiable(_Swiglu, hidden_TJ.float(), limit), x_TH), down_HI)
+        return linear(narrow(differentiable(_Swiglu, dense(hidden_TJ), limit), x_TH), down_HI)
     return linear(oracle.swiglu(hidden_TJ, limit), down_HI)
 
 
@@ -108,7 +107,6 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, limit: float
     ) -> Tensor:
-        x_TH, weights_TK, experts_TK = x_TH.contiguous(), weights_TK.contiguous(), experts_TK.long().contiguous()
         hidden, inner = x_TH.shape[1], w2.shape[2]
         starts, places = experts_TK.new_empty(len(w13) + 1), torch.empty_like(experts_TK)
         run(cpu.group, experts_TK, experts_TK.numel(), len(w13), minimum_rows(x_TH.device), starts, places)
@@ -185,6 +183,7 @@ def moe_experts(
     experts, _, inner = expect("moe_experts", "w2", w2_EHI, "E", hidden, "I")
     expect("moe_experts", "w13", w13_EJH, experts, 2 * inner, hidden)
     if has_kernels(x_TH):
-        inputs = x_TH.float(), experts_TK, weights_TK.float(), w13_EJH.float(), w2_EHI.float()
+        routes = experts_TK.long().contiguous(), dense(weights_TK)
+        inputs = dense(x_TH), *routes, w13_EJH.float(), w2_EHI.float()
         return narrow(differentiable(_Experts, *inputs, limit), x_TH)
     return oracle.moe_experts(x_TH, experts_TK, weights_TK, w13_EJH, w2_EHI, limit)

@@ -49,4 +49,4 @@ def moe_experts(
         rows = (experts_TK.flatten() == expert).nonzero().squeeze(1)
         hidden = linear(x_TH[rows // experts_TK.shape[1]], w13_EJH[expert])
         slots_SH = slots_SH.index_copy(0, rows, linear(swiglu(hidden, limit), w2_EHI[expert]))
-    return (slots_SH.view(*experts_TK.shape, -1) * weights_TK.to(x_TH.dtype).unsqueeze(-1)).sum(1)
+    return (slots_SH.view(*experts_TK.shape, x_TH.shape[1]) * weights_TK.to(x_TH.dtype).unsqueeze(-1)).sum(1)

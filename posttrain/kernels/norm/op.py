@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.norm import oracle
 
 cpu = Kernels(__package__)
@@ -17,7 +17,6 @@ cpu = Kernels(__package__)
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        x = x.contiguous()
         dim, out = x.shape[-1], torch.empty_like(x)
         inverse = x.new_empty(x.shape[:-1]) if any(ctx.needs_input_grad) else None
         run(cpu.forward, x, weight, x.numel() // dim, dim, eps, out, inverse)
@@ -42,5 +41,5 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if weight is not None:
         expect("rms_norm", "weight", weight, x.shape[-1])
     if has_kernels(x):
-        return narrow(differentiable(_RMSNorm, x.float(), weight if weight is None else weight.float(), eps), x)
+        return narrow(differentiable(_RMSNorm, dense(x), weight if weight is None else dense(weight), eps), x)
     return oracle.rms_norm(x, weight, eps)

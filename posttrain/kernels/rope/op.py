@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, differentiable, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.rope import oracle
 
 cpu = Kernels(__package__)
 
 
 def _rotate(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, backwards: bool) -> Tensor:
-    x = x.contiguous()
     out = torch.empty_like(x)
     heads = math.prod(x.shape[1:-1])
     run(cpu.rotate, x, len(x) * heads, heads, x.shape[-1], cos_TR, sin_TR, cos_TR.shape[1], backwards, out)
@@ -33,7 +32,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         cos_TR, sin_TR = ctx.saved_tensors
-        return _rotate(gradients[0], cos_TR, sin_TR, not ctx.inverse), None, None, None
+        return _rotate(gradients[0].contiguous(), cos_TR, sin_TR, not ctx.inverse), None, None, None
 
 
 def apply_rope(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False) -> Tensor:
@@ -49,6 +48,6 @@ def apply_rope(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False)
     if x.dim() < 2 or x.shape[-1] < 2 * half:
         raise ValueError(f"apply_rope: x has shape {list(x.shape)}; expected [T, ..., at least {2 * half}]")
     if has_kernels(x):
-        angles = cos_TR.contiguous(), sin_TR.contiguous()
-        return narrow(differentiable(_Rope, x.float(), *angles, inverse), x)
+        angles = dense(cos_TR), dense(sin_TR)
+        return narrow(differentiable(_Rope, dense(x), *angles, inverse), x)
     return oracle.apply_rope(x, cos_TR, -sin_TR if inverse else sin_TR)

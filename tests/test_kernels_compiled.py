@@ -1,0 +1,97 @@
+"""The compiled kernels' own ground: vectors, imports, and the machine code kept on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from numba.core.caching import CacheImpl
+
+from posttrain.kernels.compiled import compiled
+from posttrain.kernels.simd import exp, load, store, total
+
+KERNELS = Path(__file__).parents[1] / "posttrain" / "kernels"
+
+
+@numba.njit
+def exponentials(x: np.ndarray, out: np.ndarray) -> None:
+    for start in range(0, len(x), 16):
+        store(out, start, exp(load(x, start, len(x) - start)), len(x) - start)
+
+
+def test_exp_is_right_to_two_units_in_the_last_place() -> None:
+    x = np.linspace(-87, 87, 200_001, dtype=np.float32)
+    out = np.empty_like(x)
+    exponentials(x, out)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(out / exact - 1).max() <= 2 * np.finfo(np.float32).eps
+
+
+def test_exp_keeps_its_argument_in_range_and_nan() -> None:
+    x = np.array([0, -np.inf, np.inf, np.nan, -1000, 1000], np.float32)
+    out = np.empty_like(x)
+    exponentials(x, out)
+    assert out[0] == 1
+    assert np.isnan(out[3])
+    assert np.isfinite(out[[1, 2, 4, 5]]).all()
+    assert out[1] == out[4] < 1e-37
+
+
+def test_lanes_beyond_the_count_are_neither_read_nor_written() -> None:
+    @numba.njit
+    def copy_five(x: np.ndarray, out: np.ndarray) -> float:
+        store(out, 0, load(x, 0, 5), 5)
+        return total(load(x, 0, 5))
+
+    out = np.full(16, 7, np.float32)
+    assert copy_five(np.arange(16, dtype=np.float32), out) == 10
+    assert out.tolist() == [0, 1, 2, 3, 4] + [7] * 11
+
+
+def run(code: str, root: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_op_table_imports_no_compiler() -> None:
+    """vLLM's CPU worker fails at its start if llvmlite is there before it (see `posttrain.kernels.compiled`)."""
+    code = "import sys, posttrain.kernels; print([name for name in ('numba', 'llvmlite') if name in sys.modules])"
+    assert run(code, KERNELS.parents[1]) == "[]\n"
+
+
+def test_kernels_are_compiled_again_when_the_vectors_change(tmp_path: Path) -> None:
+    """numba itself looks only at the file of the kernel."""
+    shutil.copytree(KERNELS, tmp_path / "posttrain" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import torch; from posttrain.kernels import rms_norm; print(rms_norm(torch.ones(4), eps=0.0)[0].item())"
+    cache = tmp_path / "cache"
+    assert float(run(code, tmp_path, NUMBA_CACHE_DIR=str(cache))) == 1
+    assert list(cache.rglob("*.nbc")), "nothing was kept"
+    source = tmp_path / "posttrain" / "kernels" / "simd.py"
+    text = source.read_text()
+    changed = text.replace("_halve(builder, args[0], builder.fadd)", "_halve(builder, args[0], builder.fsub)")
+    assert changed != text
+    source.write_text(changed)
+    assert float(run(code, tmp_path, NUMBA_CACHE_DIR=str(cache))) != 1
+
+
+def test_a_read_only_installation_compiles_without_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+
+    def double(x: float) -> float:
+        return 2 * x
+
+    assert compiled(double)(4.0) == 8

@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from posttrain.trainers.jobs import Prompt
 from rollouts.types import Completion, Sampling
 
+# As in the actors; sums then have one order, and runs can be compared element by element.
+torch.set_num_threads(1)
+
 PAD, EOS, FIRST_LETTER = 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-= ?"
 VOCABULARY = 2 + len(LETTERS)

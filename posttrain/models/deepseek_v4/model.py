@@ -162,6 +162,11 @@ class DeepseekV4ForCausalLM(DeepseekV4PreTrainedModel, GenerationMixin):
 
     _is_stateful = True
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: `generate` would build a cache by the config's layer types, and this model keeps none."""
+        return False
+
     def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__(config)
         self.model = DeepseekV4Model(config)

@@ -20,9 +20,7 @@ THREADS = 1
 def main() -> None:
     """Run everything; well under a minute with `--quick`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="few repeats and small batches: a check, not a measurement"
-    )
+    parser.add_argument("--quick", action="store_true", help="small and few: a check, not a measurement")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of results.json")
     arguments = parser.parse_args()
     os.environ.update(engine_environment(THREADS))  # before torch and vLLM are imported

@@ -15,8 +15,6 @@ from transformers import DeepseekV4ForCausalLM as TransformersV4
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
 
 VOCABULARY = 128
-NEVER = VOCABULARY
-"""An end token outside of the vocabulary, so that every answer has its full length."""
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 """transformers' implementations of the experts that run on a CPU."""
@@ -27,7 +25,7 @@ AGREEMENT = 1e-4
 
 def v4_config() -> DeepseekV4Config:
     """The tiny preset."""
-    return make_config("tiny", vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=NEVER, pad_token_id=0)
+    return make_config("tiny", vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 
 
 def make_pair() -> tuple[DeepseekV4ForCausalLM, TransformersV4]:

@@ -31,11 +31,12 @@ ROLLOUT = RolloutConfig(
 
 
 def start_engine(threads: int) -> Engine:
-    """An engine in this process, without weights."""
+    """An engine in this process, without weights; no token ends an answer, so that all have their full length."""
     with tempfile.TemporaryDirectory() as directory:
         checkpoint, description = Path(directory) / "checkpoint", Path(directory) / "description"
         atomic_write(checkpoint / "config.json", json.dumps(native_config_dict(v4_config())))
         write_description(checkpoint, description, "native")
+        atomic_write(description / "generation_config.json", json.dumps({"eos_token_id": []}))
         return Engine(engine_settings(description, "native", ROLLOUT, threads))
 
 

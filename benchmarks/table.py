@@ -4,39 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+WIDTHS = (46, 26, 26, 18)
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the results as a table: medians, with ranges in brackets."""
-    table = Table(title="Tiny V4, fp32, " + f"{results['threads']} thread" + ("s" if results["threads"] > 1 else ""))
-    for column in ("", "ours", "transformers", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
+    """Print medians, with ranges in brackets."""
+    threads = f"{results['threads']} thread" + ("s" if results["threads"] > 1 else "")
+    print(f"tiny V4 in fp32, {threads}, {results['environment']['processor']}")
+    line("", "ours", "transformers", "ratio")
     training = results["training"]
-    name = f"training, {training['batch']} × {training['length']}, tokens/s"
-    add_rates(table, name, training["tokens_per_second"])
+    add_rates(f"training, {training['batch']} × {training['length']}: tokens/s", training["tokens_per_second"])
     for rollout in results["rollout"]:
-        name = f"{rollout['requests']} requests × {rollout['new_tokens']} tokens"
-        add_rates(table, f"sampling, {name}, tokens/s", rollout["tokens_per_second"])
+        name = f"sampling, {rollout['requests']} × {rollout['new_tokens']}: tokens/s"
+        add_rates(name, rollout["tokens_per_second"])
         steps = rollout["decode_step_seconds"]
         ratio = steps["transformers"]["median"] / steps["ours"]["median"]
         cells = [spread(steps[who], "{:.1f}", 1e3) for who in ("ours", "transformers")]
-        table.add_row(f"decoding step, {rollout['requests']} requests, ms", *cells, f"{ratio:.2f}")
-    publish = results["publish"]
-    size = publish["bytes"] / 2**20
-    table.add_row(f"publishing {size:.1f} MiB of weights, ms", spread(publish["seconds"], "{:.1f}", 1e3), "", "")
-    difference = results["logprob_difference"]
-    table.add_row(
-        f"max |trainer − engine| log-prob, {difference['tokens']} tokens", f"{difference['largest']:.1e}", "", ""
-    )
-    Console().print(table)
+        line(f"decoding step of {rollout['requests']} requests: ms", *cells, f"{ratio:.2f}")
+    publish, difference = results["publish"], results["logprob_difference"]
+    line(f"publishing {publish['bytes'] / 2**20:.1f} MiB of weights: ms", spread(publish["seconds"], "{:.1f}", 1e3))
+    line(f"max |trainer − engine| of {difference['tokens']} log-probs", f"{difference['largest']:.1e}")
+    fastest = {one["tokens_per_second"]["transformers_experts"] for one in (training, *results["rollout"])}
+    print(f"transformers ran its fastest experts on this machine: {', '.join(sorted(fastest))}")
 
 
-def add_rates(table: Table, name: str, rates: dict[str, Any]) -> None:
+def add_rates(name: str, rates: dict[str, Any]) -> None:
     """One row of a comparison."""
-    theirs = f"{spread(rates['transformers'])} {rates['transformers_experts']}"
-    table.add_row(name, spread(rates["ours"]), theirs, spread(rates["ratio"], "{:.2f}"))
+    line(name, spread(rates["ours"]), spread(rates["transformers"]), spread(rates["ratio"], "{:.2f}"))
+
+
+def line(*cells: str) -> None:
+    """A row: a name, then figures to the right."""
+    name, *figures = (*cells, *[""] * (len(WIDTHS) - len(cells)))
+    print(
+        name.ljust(WIDTHS[0])
+        + "".join(figure.rjust(width) for figure, width in zip(figures, WIDTHS[1:], strict=True)).rstrip()
+    )
 
 
 def spread(values: dict[str, float], form: str = "{:,.0f}", scale: float = 1.0) -> str:

@@ -38,9 +38,12 @@ def initial_checkpoint(recipe: Recipe, run: RunDirectory, tokenizer: PreTrainedT
     Raises:
         BadInput: a configuration that no model can be built from, or a checkpoint that cannot be read.
     """
+    import transformers
+
     path = run.checkpoint_path(INITIAL)
     if path.is_dir():
         return path
+    transformers.utils.logging.disable_progress_bar()  # of writing files
     model = _read(recipe, tokenizer) if recipe.model.checkpoint else _random(recipe, tokenizer)
     if recipe.stages.student is not None and (problem := distillation_obstacle(model)):
         raise BadInput(f"stages.student: {problem}")

@@ -215,7 +215,9 @@ def test_make_passes_recipe_run_and_seed_on() -> None:
 
 def commands_of(*arguments: str) -> list[str]:
     """What make would run for the arguments, as if it was not itself called by `make test`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"
+    }
     command = ["make", "-n", *arguments]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
     return [line.strip() for line in shown.splitlines()]

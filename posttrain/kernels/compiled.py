@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import backend_of
+
 Kernel = Callable[..., Any]
 
 SHARED = (Path(__file__), Path(__file__).with_name("simd.py"))
@@ -37,10 +39,10 @@ def compiled(function: Kernel) -> Kernel:
 
 
 class Kernels:
-    """The kernels of an op family: the module `cpu` beside the op, imported when the first of them is asked for."""
+    """The kernels of an op family: a module beside the op, imported when the first of them is asked for."""
 
-    def __init__(self, package: str) -> None:
-        self._module = f"{package}.cpu"
+    def __init__(self, package: str, module: str = "cpu") -> None:
+        self._module = f"{package}.{module}"
 
     def __getattr__(self, name: str) -> Kernel:
         if name.startswith("_"):
@@ -51,8 +53,8 @@ class Kernels:
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether an op runs its compiled kernel on this tensor (in fp32, whatever narrower dtype comes) or its oracle."""
-    return tensor.is_cpu and tensor.dtype is not torch.float64
+    """Whether an op runs its compiled kernel on this tensor (in fp32, whatever narrower dtype comes)."""
+    return backend_of(tensor) == "compiled"
 
 
 def narrow(result: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks of the Triton kernels on one GPU."""

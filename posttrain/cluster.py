@@ -65,6 +65,14 @@ class Cluster:
             self._teachers = start_teachers(count, family, TEACHER_BYTES, cluster.threads, options)
         return self._teachers
 
+    def keep_first_trainer(self) -> None:
+        """End the trainers of the other slots and free their memory: what follows the experts needs one."""
+        import ray
+
+        for actor in self.trainers[1:]:
+            ray.kill(actor, no_restart=True)
+        del self.trainers[1:]
+
     def stop_actors(self) -> None:
         """Kill every actor that was started; whoever waits for one of them gets an error. May be called again."""
         import ray
@@ -135,6 +143,7 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.cluster
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if settings.address is None else "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # workers that our actors would not use
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

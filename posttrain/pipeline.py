@@ -44,6 +44,7 @@ def drive(work: Work, initial: Path) -> None:
     base = train_base(work, initial)
     experts = grow_experts(work, base)
     if work.recipe.stages.student is not None:
+        work.cluster.keep_first_trainer()
         distil(work, base, experts)
 
 

@@ -9,26 +9,38 @@ With student logits z, teacher logits u, p = softmax(z), q = softmax(u), a posit
     KL             = sum_v p_v (z_v - u_v) - lse(z) + lse(u)
     d KL / d z_k   = p_k [ (log p_k - log q_k) - KL ].
 
-Neither logits are ever held in full: TRL's `ChunkedDivergenceFunction` walks over tiles of [4096 tokens, 32768
-entries]. Several teachers are worked off one after the other by `one_head_at_a_time`, each with its own head, so
-that no two heads are in memory at once (section 5.2.2 of the report).
+Neither logits are ever held in full (`posttrain.kernels.vocabulary` walks over tiles of tokens). Several teachers are
+worked off one after the other by `one_head_at_a_time`, each with its own head, so that no two heads are in memory at
+once (section 5.2.2 of the report).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from posttrain.errors import BadInput
+from posttrain.kernels import divergence_gradients, linear_divergence
+from posttrain.kernels.vocabulary.op import BETA
+from posttrain.kernels.vocabulary.op import DivergenceKind as Divergence
 
-Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-BETA: dict[Divergence, float] = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
-"""The divergence as a point of the generalised Jensen-Shannon family, mixture (1 - beta) p + beta q."""
+__all__ = [
+    "BETA",
+    "Divergence",
+    "TeacherReport",
+    "TeacherRows",
+    "compare",
+    "divergence",
+    "forward_kl",
+    "jsd",
+    "one_head_at_a_time",
+    "reverse_kl",
+    "vocabulary_mismatch",
+]
 
 TOKEN_TILE = 1024
 VOCABULARY_TILE = 8192
@@ -43,11 +55,8 @@ def divergence(
     H and G may differ, the vocabulary V may not. Gradients reach the student's hidden states and head only.
     Raises BadInput when the vocabularies differ.
     """
-    if student_head_VH.size(0) != teacher_head_VG.size(0):
-        raise BadInput(vocabulary_mismatch("the teacher", teacher_head_VG.size(0), student_head_VH.size(0)))
-    return ChunkedDivergenceFunction.apply(
-        student_NH, student_head_VH, None, teacher_NG, teacher_head_VG, None, BETA[kind]
-    )
+    _expect_same_vocabulary("the teacher", student_head_VH, teacher_head_VG)
+    return linear_divergence(kind, student_NH, student_head_VH, teacher_NG, teacher_head_VG)
 
 
 def reverse_kl(student_NH: Tensor, student_head_VH: Tensor, teacher_NG: Tensor, teacher_head_VG: Tensor) -> Tensor:
@@ -71,6 +80,11 @@ def vocabulary_mismatch(teacher: str, teacher_size: int, student_size: int) -> s
         f"{teacher} has a vocabulary of {teacher_size} tokens, the student one of {student_size}; on-policy "
         "distillation compares whole distributions, so both need the same tokenizer and vocabulary size"
     )
+
+
+def _expect_same_vocabulary(teacher: str, student_head_VH: Tensor, teacher_head_VG: Tensor) -> None:
+    if student_head_VH.size(0) != teacher_head_VG.size(0):
+        raise BadInput(vocabulary_mismatch(teacher, teacher_head_VG.size(0), student_head_VH.size(0)))
 
 
 @dataclass(frozen=True)
@@ -124,13 +138,19 @@ class _OneHeadAtATime(torch.autograd.Function):
         teachers: Sequence[TeacherRows],
         reports: list[TeacherReport],
     ) -> Tensor:
-        hidden_NH = student_NH.detach().requires_grad_()
-        head_VH = student_head_VH.detach().requires_grad_()
-        hidden_NH.grad, head_VH.grad = torch.zeros_like(hidden_NH), torch.zeros_like(head_VH)
-        total = torch.zeros((), dtype=torch.float32, device=student_NH.device)
+        grad_hidden_NH = torch.zeros_like(student_NH)
+        # Several teachers' gradients add up in fp32; that of a single one comes in the head's dtype.
+        several = len(teachers) != 1
+        grad_head_VH = torch.zeros_like(student_head_VH, dtype=_sum_dtype(student_head_VH)) if several else None
+        total = torch.zeros((), dtype=_sum_dtype(student_NH), device=student_NH.device)
         for teacher in teachers:
-            total += _term(kind, hidden_NH, head_VH, teacher, reports)
-        ctx.save_for_backward(hidden_NH.grad, head_VH.grad)
+            rows = teacher.rows
+            term, grad_rows_NH, grad_head_VH = _term(kind, student_NH[rows], student_head_VH, teacher, grad_head_VH)
+            grad_hidden_NH[rows] += grad_rows_NH
+            total += teacher.weight * term.divergence
+            reports.append(term)
+        assert grad_head_VH is not None
+        ctx.save_for_backward(grad_hidden_NH, grad_head_VH.to(student_head_VH.dtype))
         return total
 
     @staticmethod
@@ -139,30 +159,31 @@ class _OneHeadAtATime(torch.autograd.Function):
         return grad_hidden_NH * grad, grad_head_VH * grad, None, None, None
 
 
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype is torch.float64 else torch.float32
+
+
 def _term(
-    kind: Divergence, hidden_NH: Tensor, head_VH: Tensor, teacher: TeacherRows, reports: list[TeacherReport]
-) -> Tensor:
-    """One teacher's term; adds its gradient to the leaves `hidden_NH` and `head_VH`. Its tensors die with the call."""
-    teacher_NG = teacher.hidden().to(hidden_NH.device)
-    teacher_head_VG = teacher.head().to(hidden_NH.device)
-    with torch.enable_grad():
-        rows_NH = hidden_NH[teacher.rows]
-        divergence_N, entropy_N = divergence(kind, rows_NH, head_VH, teacher_NG, teacher_head_VG)
-        term = teacher.weight * divergence_N.mean()
-        term.backward()
-    with torch.no_grad():
-        top1_N, teacher_entropy_N = compare(rows_NH, head_VH, teacher_NG, teacher_head_VG)
-    reports.append(
-        TeacherReport(
-            name=teacher.name,
-            tokens=divergence_N.numel(),
-            divergence=divergence_N.mean().item(),
-            top1_agreement=top1_N.float().mean().item(),
-            student_entropy=entropy_N.mean().item(),
-            teacher_entropy=teacher_entropy_N.mean().item(),
-        )
+    kind: Divergence, rows_NH: Tensor, head_VH: Tensor, teacher: TeacherRows, grad_head_VH: Tensor | None
+) -> tuple[TeacherReport, Tensor, Tensor]:
+    """One teacher's report and the gradients of its term in its rows and in the head, the latter on top of
+    `grad_head_VH` if given. The teacher's tensors die with the call."""
+    teacher_NG = teacher.hidden().to(rows_NH.device)
+    teacher_head_VG = teacher.head().to(rows_NH.device)
+    _expect_same_vocabulary(teacher.name, head_VH, teacher_head_VG)
+    weights_N = torch.full_like(rows_NH[:, 0], teacher.weight / len(rows_NH), dtype=_sum_dtype(rows_NH))
+    found = divergence_gradients(
+        kind, rows_NH, head_VH, teacher_NG, teacher_head_VG, weights_N, head_total_VH=grad_head_VH
     )
-    return term.detach()
+    report = TeacherReport(
+        name=teacher.name,
+        tokens=len(rows_NH),
+        divergence=found.divergence_N.mean().item(),
+        top1_agreement=found.same_top_N.float().mean().item(),
+        student_entropy=found.student_entropy_N.mean().item(),
+        teacher_entropy=found.teacher_entropy_N.mean().item(),
+    )
+    return report, found.student_gradient_NH, found.head_gradient_VH
 
 
 def compare(

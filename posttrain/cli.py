@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -159,6 +159,30 @@ def report(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
 
     page = write_report(find_run(run, runs_dir))
     print(f"{page.with_suffix('.json')}\n{page}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory of the family deepseek_v4.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.")],
+    kind: Annotated[
+        Literal["bf16", "fp8_fp4"],
+        typer.Option("--format", help="fp8_fp4: as released, FP8 linears and MXFP4 experts."),
+    ] = "bf16",
+) -> None:
+    """Write a checkpoint in the released layout, for engines such as vLLM's own V4."""
+    from posttrain.models.deepseek_v4.checkpoint import CheckpointError
+    from posttrain.models.deepseek_v4.export import export_checkpoint
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists; name a directory that does not, or an empty one")
+    try:
+        notes = export_checkpoint(checkpoint, out, kind)
+    except CheckpointError as error:
+        raise BadInput(str(error)) from error
+    for note in notes:
+        print(f"note: {note}")
+    print(out)
 
 
 def main() -> None:

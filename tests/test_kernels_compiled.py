@@ -11,8 +11,11 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import torch
 from numba.core.caching import CacheImpl
 
+from posttrain import kernels
+from posttrain.kernels import compiled as compiling
 from posttrain.kernels.compiled import compiled
 from posttrain.kernels.simd import exp, load, store, total
 
@@ -95,3 +98,21 @@ def test_a_read_only_installation_compiles_without_keeping(monkeypatch: pytest.M
         return 2 * x
 
     assert compiled(double)(4.0) == 8
+
+
+def test_autocast_narrows_neither_the_routers_nor_anything_inside_a_kernel() -> None:
+    x_TH, weight_EH, bias_E = torch.randn(9, 16), torch.randn(8, 16), torch.zeros(8)
+    streams_TND, fn_MC = torch.randn(9, 4, 16), torch.randn(24, 64)
+    plain = kernels.route_topk(x_TH, weight_EH, bias_E, 2, 1.5)
+    site = kernels.mhc_pre(streams_TND, fn_MC, torch.zeros(24), torch.ones(3), iterations=3, eps=1e-6, norm_eps=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = kernels.route_topk(x_TH, weight_EH, bias_E, 2, 1.5)
+        cast_site = kernels.mhc_pre(
+            streams_TND, fn_MC, torch.zeros(24), torch.ones(3), iterations=3, eps=1e-6, norm_eps=1e-6
+        )
+    assert all(torch.equal(one, other) for one, other in zip((*plain, *site), (*cast, *cast_site), strict=True))
+
+
+def test_a_kernel_refuses_memory_of_another_type() -> None:
+    with pytest.raises(ValueError, match="bfloat16"):
+        compiling.run(lambda *_: None, torch.zeros(2, dtype=torch.bfloat16))

@@ -55,7 +55,7 @@ def assert_agrees(
         bound: of the error, instead of the dtype's in `BOUNDS`.
     """
     bound = BOUNDS[dtype] if bound is None else bound
-    single = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    single = [tensor.detach().to(dtype).clone().requires_grad_() for tensor in inputs]
     double = [tensor.detach().double().requires_grad_() for tensor in single]
     with running("triton"):
         results = op(*single)

@@ -19,20 +19,28 @@ compare with, and what runs in fp64 and on devices that have no kernels yet.
 from posttrain.kernels.attention.op import sparse_attention
 from posttrain.kernels.blocks import BLOCK
 from posttrain.kernels.compress.op import compress
-from posttrain.kernels.indexer.op import index_scores, topk_stable
+from posttrain.kernels.indexer.candidates import Candidates
+from posttrain.kernels.indexer.op import index_divergence, index_scores, index_topk, topk_stable
 from posttrain.kernels.linear.op import grouped_linear, linear
 from posttrain.kernels.mhc.op import mhc_head, mhc_post, mhc_pre
 from posttrain.kernels.moe.op import moe_experts, route_hash, route_topk, swiglu_mlp
 from posttrain.kernels.norm.op import rms_norm
 from posttrain.kernels.rope.op import apply_rope
+from posttrain.kernels.vocabulary.op import divergence_gradients, linear_divergence, linear_logprob
 
 __all__ = [
     "BLOCK",
+    "Candidates",
     "apply_rope",
     "compress",
+    "divergence_gradients",
     "grouped_linear",
+    "index_divergence",
     "index_scores",
+    "index_topk",
     "linear",
+    "linear_divergence",
+    "linear_logprob",
     "mhc_head",
     "mhc_post",
     "mhc_pre",

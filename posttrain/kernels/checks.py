@@ -19,3 +19,14 @@ def expect(op: str, name: str, tensor: Tensor, *shape: int | str) -> tuple[int, 
     if not fits:
         raise ValueError(f"{op}: {name} has shape {list(actual)}; expected [{', '.join(map(str, shape))}]")
     return actual
+
+
+def expect_kind(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Nothing, once the tensor is known to have the dtype and the device of another.
+
+    Raises:
+        ValueError: names the op, the argument, the kind that came and the one that is allowed.
+    """
+    if tensor.dtype is not like.dtype or tensor.device != like.device:
+        kinds = f"is {tensor.dtype} on {tensor.device}; expected {like.dtype} on {like.device}"
+        raise ValueError(f"{op}: {name} {kinds}")

@@ -78,7 +78,13 @@ def run(kernel: Kernel, *args: Any) -> Any:
     return kernel(*[_address(arg) if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args])
 
 
+ADDRESSABLE = (torch.float32, torch.int64, torch.bool)
+"""What kernels read and write through an address; anything else there would be taken for one of these."""
+
+
 def _address(tensor: Tensor) -> int:
+    if tensor.dtype not in ADDRESSABLE:
+        raise ValueError(f"a kernel takes tensors of {', '.join(map(str, ADDRESSABLE))}; got {tensor.dtype}")
     if not tensor.is_contiguous():
         raise ValueError(f"a kernel needs contiguous memory; got shape {list(tensor.shape)}, strides {tensor.stride()}")
     return tensor.data_ptr()
@@ -98,6 +104,9 @@ class _NoGradient:
 
 def differentiable(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """`function.apply`, or its forward alone where no gradient is asked for: much cheaper on a few tokens."""
+    if torch.is_autocast_enabled("cpu"):  # it would narrow the products inside, whose results kernels read as fp32
+        with torch.autocast("cpu", enabled=False):
+            return differentiable(function, *inputs)
     if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
         return function.apply(*inputs)
     return function.forward(_NoGradient(), *inputs)

@@ -18,26 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROWING = (3.4445, -4.7750, 2.0315)
-SETTLING = (2.0, -1.5, 0.5)
-COEFFICIENTS = (GROWING,) * 8 + (SETTLING,) * 2
+from posttrain.kernels.newton_schulz.op import newton_schulz
+
 UPDATE_RMS = 0.18
 """Root mean square of an update's entries in units of the rate, so that AdamW's rates carry over."""
+
+GPU_BATCH = 2**28
+"""Entries of matrices whose updates a GPU computes, and holds beside the model, at a time."""
 
 
 def orthogonalize(matrices_KNM: Tensor) -> Tensor:
     """Hybrid Newton-Schulz iteration: `U S V^T` becomes about `U V^T`, for every matrix of the batch.
 
-    `matrices_KNM` has shape [K, N, M]; so has the result. A zero matrix stays zero.
+    `matrices_KNM` has shape [K, N, M]; so has the result. A zero matrix stays zero. On a GPU it runs in bf16.
     """
-    tall = matrices_KNM.size(1) > matrices_KNM.size(2)
-    x = matrices_KNM.mT if tall else matrices_KNM  # the Gram matrix is built on the shorter side
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
-    for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    return newton_schulz(matrices_KNM)
+
+
+def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters that go through the iteration together: all on the CPU, `GPU_BATCH` entries or one on a GPU."""
+    batches: list[list[Tensor]] = [[]]
+    entries = 0
+    for parameter in parameters:
+        entries += parameter.numel()
+        if batches[-1] and parameter.is_cuda and entries > GPU_BATCH:
+            batches.append([])
+            entries = parameter.numel()
+        batches[-1].append(parameter)
+    return batches
 
 
 class Muon(torch.optim.Optimizer):
@@ -67,24 +75,31 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter, blocks in zip(group["params"], group["blocks"], strict=True):
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-            nesterov = parameter.grad.add(state["momentum"], alpha=group["momentum"])
-            matrices_KNM = nesterov.view(-1, parameter.size(-2) // blocks, parameter.size(-1))
-            by_shape[matrices_KNM.shape[1:]].append((parameter, matrices_KNM))
+            if parameter.grad is not None:
+                by_shape[parameter.size(-2) // blocks, parameter.size(-1)].append(parameter)
         for shape, members in by_shape.items():
-            update_KNM = orthogonalize(torch.cat([matrices for _, matrices in members]))
-            update_KNM *= UPDATE_RMS * max(shape) ** 0.5
-            parts = update_KNM.split([matrices.size(0) for _, matrices in members])
-            for (parameter, _), part in zip(members, parts, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(part.reshape(parameter.shape), alpha=-group["lr"])
+            for batch in _batches(members):
+                self._update(group, batch, shape)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], shape: tuple[int, int]) -> None:
+        """One step of parameters that consist of matrices of one shape."""
+        stacks = [self._nesterov(parameter, group["momentum"]).view(-1, *shape) for parameter in parameters]
+        update_KNM = orthogonalize(torch.cat(stacks) if len(stacks) > 1 else stacks[0])
+        update_KNM *= UPDATE_RMS * max(shape) ** 0.5
+        parts = update_KNM.split([matrices.size(0) for matrices in stacks])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(part.reshape(parameter.shape), alpha=-group["lr"])
+
+    def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The momentum after this gradient, and this gradient once more."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].mul_(momentum).add_(parameter.grad)
+        return parameter.grad.add(state["momentum"], alpha=momentum)
 
     def _adamw_step(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

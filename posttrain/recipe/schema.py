@@ -42,6 +42,9 @@ class ModelConfig(Section):
     """A preset's name (`tiny`) or the fields of a model config: random initial weights."""
     checkpoint: str | None = None
     """A directory or a hub id to start from."""
+    precision: Literal["fp32", "bf16", "fp4_experts"] | None = None
+    """`fp32`, `bf16`: what matrices are held in. `fp4_experts`: fp32 masters, routed experts rounded to MXFP4 in every
+    forward pass of trainer and engine (quantisation-aware training). Default: the checkpoint's, or fp32."""
     tokenizer: str | None = None
     """A directory or a hub id. Default: the checkpoint's, or the project's character tokenizer."""
 
@@ -49,6 +52,8 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.config is None) == (self.checkpoint is None):
             raise _wrong("", "give exactly one of `config` (random weights) and `checkpoint` (saved weights)")
+        if self.family == "hf" and self.precision not in (None, "fp32"):
+            raise _wrong("precision", f"{self.precision} is for family deepseek_v4; for family hf leave it out")
         if self.family == "hf" and isinstance(self.config, str):
             raise _wrong(
                 "config", f"the preset {self.config!r} is one of family deepseek_v4; for family hf give a mapping"
@@ -189,6 +194,38 @@ class OptimizerConfig(Section):
         return self
 
 
+class AuxiliaryConfig(Section):
+    """Objectives of parts that the main loss does not reach (docs/auxiliary.md); all off, so these parts are frozen."""
+
+    indexer: float = Field(0.0, ge=0)
+    """Weight of KL(main attention || lightning indexer), the only gradient that indexers get; 0: they are frozen."""
+    balance: float = Field(0.0, ge=0)
+    """Weight of the sequence-wise balance loss of the routers (V4: 1e-4)."""
+    bias_update: float = Field(0.0, ge=0)
+    """Step of the routers' biases towards even loads after each optimiser step (V4: 1e-3); 0: they are frozen."""
+
+    @property
+    def any_on(self) -> bool:
+        """Whether anything differs from plain training."""
+        return bool(self.indexer or self.balance or self.bias_update)
+
+
+class SftAuxiliaryConfig(AuxiliaryConfig):
+    indexer_phase: Literal["sparse", "warmup"] = "sparse"
+    """`sparse`: indexers learn over the entries they chose, beside the model. `warmup`: over all, and nothing else
+    learns."""
+
+    @model_validator(mode="after")
+    def _warmup_trains(self) -> SftAuxiliaryConfig:
+        if self.indexer_phase == "warmup":
+            if not self.indexer:
+                raise _wrong("indexer", "`indexer_phase: warmup` trains the indexers only; give them a weight above 0")
+            for key in ("balance", "bias_update"):
+                if getattr(self, key):
+                    raise _wrong(key, "`indexer_phase: warmup` trains the indexers only; the routers stay as they are")
+        return self
+
+
 class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
@@ -198,6 +235,7 @@ class SftStage(Section):
     """Examples in one optimiser step."""
     max_length: int = Field(256, ge=8)
     optimizer: OptimizerConfig = OptimizerConfig()
+    auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 
 
 class GrpoStage(Section):
@@ -217,6 +255,7 @@ class GrpoStage(Section):
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
 
 class OpdStage(Section):
@@ -235,6 +274,7 @@ class OpdStage(Section):
     shares: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Share of each domain among the samples; default: equal."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
 
 class GateConfig(Section):
@@ -312,9 +352,32 @@ class Recipe(Section):
                     raise _wrong(f"{key}.{domain}", f"no such domain; the domains are {', '.join(self.domains)}")
         if self.model.family == "hf" and self.rollout.engine == "native":
             raise _wrong("rollout.engine", "must be vllm for `model.family: hf`; the native engine is for deepseek_v4")
+        if self.model.precision == "bf16" and self.rollout.dtype != "bfloat16":
+            raise _wrong(
+                "rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree"
+            )
+        if self.model.family == "hf":
+            self._check_no_auxiliary()
         for name, domain_config in self.domains.items():
             self._check_sizes(name, domain_config)
         return self
+
+    def _check_no_auxiliary(self) -> None:
+        """Indexers and biased routers are parts of this project's own model."""
+        stages: dict[str, SftStage | GrpoStage | OpdStage | None] = {
+            "base": self.stages.base,
+            "student": self.stages.student,
+        }
+        lists = {"per_domain": self.stages.experts.per_domain}
+        lists |= {f"overrides.{domain}": listed for domain, listed in self.stages.experts.overrides.items()}
+        for name, listed in lists.items():
+            stages |= {f"experts.{name}[{index}]": stage for index, stage in enumerate(listed)}
+        for key, stage in stages.items():
+            if stage is not None and stage.auxiliary.any_on:
+                raise _wrong(
+                    f"stages.{key}.auxiliary",
+                    "trains parts that only `model.family: deepseek_v4` has; leave it out for family hf",
+                )
 
     def _check_sizes(self, name: str, domain: DomainConfig) -> None:
         for index, hook in enumerate(self.evaluation):

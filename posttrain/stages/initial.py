@@ -45,6 +45,8 @@ def initial_checkpoint(recipe: Recipe, run: RunDirectory, tokenizer: PreTrainedT
         return path
     transformers.utils.logging.disable_progress_bar()  # of writing files
     model = _read(recipe, tokenizer) if recipe.model.checkpoint else _random(recipe, tokenizer)
+    if recipe.model.precision is not None and recipe.model.family == "deepseek_v4":
+        _set_precision(model, recipe.model.precision)
     if recipe.stages.student is not None and (problem := distillation_obstacle(model)):
         raise BadInput(f"stages.student: {problem}")
     with atomic_directory(path) as directory:
@@ -63,6 +65,17 @@ def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel
     check_family(model.config.model_type, recipe.model.family, f"model.checkpoint: {recipe.model.checkpoint}: its type")
     check_vocabulary(model.get_input_embeddings().weight.size(0), tokenizer, "model.tokenizer")
     return model
+
+
+def _set_precision(model: PreTrainedModel, precision: str) -> None:
+    """The checkpoint's configuration carries it from here on, to every trainer and engine."""
+    from posttrain.models.deepseek_v4.config import precision_of
+
+    model.config.precision = precision
+    try:
+        precision_of(model.config)
+    except ValueError as error:
+        raise BadInput(f"model.precision: {error}") from error
 
 
 def _random(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

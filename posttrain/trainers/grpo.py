@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.errors import RunFailed
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import GrpoStage
+from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Client, LogprobDifference, RolloutGeneration
 from posttrain.trainers.jobs import GrpoJob, Prompt, Reward
 from posttrain.trainers.progress import Progress
@@ -137,10 +138,14 @@ def train_grpo(
         seed=seed,
         progress=progress,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    reference = copy.deepcopy(model) if config.beta else None
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        auxiliary_objectives(model, config.auxiliary, progress, job.stage) as auxiliary,
+    ):
         trainer = GrpoTrainer(
             model=model,
-            reference=copy.deepcopy(model) if config.beta else None,
+            reference=reference,
             beta=config.beta,
             generation=generation,
             reward_funcs=RewardColumn(job.reward, config.group_size, generation, progress),
@@ -148,8 +153,9 @@ def train_grpo(
             train_dataset=prompt_dataset(cycle(job.prompts, config.steps * config.prompts_per_step, seed)),
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps * config.updates_per_batch),
-            callbacks=[progress],
+            callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
         trainer.progress, trainer.difference = progress, LogprobDifference()
+        trainer.auxiliary = auxiliary
         trainer.train()
     return trainer.difference, generation.publish_seconds

@@ -13,7 +13,7 @@ from posttrain.files import atomic_directory
 
 
 def load_model(family: str, path: str | Path) -> PreTrainedModel:
-    """The causal language model in the directory `path`, in float32, ready for training.
+    """The causal language model in the directory `path`, ready for training: in float32, or as its precision says.
 
     `deepseek_v4` is this project's own implementation. It has to be named here: transformers has a model of the
     same architecture name, which its Auto classes and TRL would silently take instead.
@@ -23,7 +23,7 @@ def load_model(family: str, path: str | Path) -> PreTrainedModel:
     if family == "deepseek_v4":
         from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 
-        model = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = DeepseekV4ForCausalLM.from_pretrained(path)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=None)
     if getattr(model, "generation_config", None) is None:
@@ -57,10 +57,11 @@ def distillation_obstacle(model: PreTrainedModel) -> str | None:
     )
 
 
-def publishable_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
+def publishable_weights(model: PreTrainedModel) -> dict[str, np.ndarray | torch.Tensor]:
     """The weights under the names that a sampling engine loads, as views of the live parameters (no copy).
 
-    A model whose engine uses other names says so in `engine_state_dict()`.
+    A model whose engine uses other names says so in `engine_state_dict()`. bf16, which numpy lacks, stays a tensor.
     """
     named = model.engine_state_dict() if hasattr(model, "engine_state_dict") else model.state_dict()
-    return {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in named.items()}
+    return {name: tensor if tensor.dtype is torch.bfloat16 else tensor.numpy() for name, tensor in weights.items()}

@@ -25,6 +25,7 @@ from distill.divergence import BETA, Divergence, TeacherReport, TeacherRows, one
 from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import OpdStage
+from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Client, LogprobDifference, RolloutGeneration, derive_seed
 from posttrain.trainers.grpo import prompt_dataset
 from posttrain.trainers.jobs import OpdJob, Prompt, Reward
@@ -183,7 +184,10 @@ def train_opd(
         progress=progress,
         limits=limits_of_batch,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        auxiliary_objectives(model, config.auxiliary, progress, job.stage) as auxiliary,
+    ):
         trainer = OpdTrainer(
             model=model,
             generation=generation,
@@ -191,13 +195,13 @@ def train_opd(
             train_dataset=prompt_dataset(rows),
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps),
-            callbacks=[progress],
+            callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
         total = sum(config.weights.get(domain, 1.0) for domain in domains)
         trainer.kind, trainer.teachers, trainer.experts = config.divergence, teachers, job.teachers
         trainer.weights = {domain: config.weights.get(domain, 1.0) / total for domain in domains}
         trainer.reward, trainer.rollouts, trainer.progress = job.reward, generation, progress
-        trainer.difference = LogprobDifference()
+        trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
         trainer.train()
     return trainer.difference, generation.publish_seconds
 

@@ -12,6 +12,7 @@ from posttrain.data.rows import IGNORED
 from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import SftStage
+from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.settings import training_arguments
 from posttrain.trainers.trl_seam import Batch, SFTConfig, SupervisedTrainer
@@ -51,7 +52,10 @@ def train_sft(
 ) -> None:
     """Train `model` in place for `config.steps` updates."""
     dataset = fitting(rows, config.max_length)
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        auxiliary_objectives(model, config.auxiliary, progress, progress.stage) as auxiliary,
+    ):
         arguments = training_arguments(
             SFTConfig,
             directory=scratch,
@@ -70,7 +74,7 @@ def train_sft(
             train_dataset=dataset,
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps),
-            callbacks=[progress],
+            callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
-        trainer.progress = progress
+        trainer.progress, trainer.auxiliary = progress, auxiliary
         trainer.train()

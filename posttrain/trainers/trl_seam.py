@@ -35,6 +35,7 @@ __all__ = [
     "OnPolicyTrainer",
     "SFTConfig",
     "SupervisedTrainer",
+    "WithAuxiliary",
     "broken_contracts",
     "sampled_logps",
 ]
@@ -55,6 +56,7 @@ PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
     DistillationTrainer._compute_loss: ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
     SFTTrainer._send_telemetry: ("self",),
     Trainer.compute_loss: ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    Trainer._clip_grad_norm: ("self", "model"),
     ChunkedDivergenceFunction.forward: (
         *("ctx", "student_hidden", "student_weight", "student_bias"),
         *("teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature"),
@@ -88,6 +90,8 @@ SOURCE: dict[Callable[..., Any], tuple[str, ...]] = {
         "self.ref_model",
     ),
     GRPOTrainer._compute_loss: ('inputs["ref_per_token_logps"]', "self.beta", "self.use_vllm"),
+    SFTTrainer.compute_loss: ("self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1",),
+    Trainer.training_step: ("loss / self.current_gradient_accumulation_steps",),
     GRPOTrainer._prepare_inputs: ("self.args.steps_per_generation", "shuffle_sequence_dict(generation_batch)"),
     DistillationTrainer.compute_loss: ("self._forward_redirection(", "loss, entropy_sum, num_valid_tokens ="),
 }
@@ -137,7 +141,42 @@ def quiet(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-class GroupRelativeTrainer(GRPOTrainer):
+class Auxiliary(Protocol):
+    """Objectives beside a trainer's own (`posttrain.trainers.auxiliary.AuxiliaryObjectives`)."""
+
+    apart: list[torch.nn.Parameter]
+    """Parameters that these objectives alone reach."""
+
+    def take_loss(self) -> Tensor | None: ...
+
+
+class WithAuxiliary(Trainer):
+    """A trainer that adds the loss of `auxiliary`, where there is one, to its own."""
+
+    auxiliary: Auxiliary | None = None
+
+    def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        """The loss, scaled for gradient accumulation where the trainer's own is."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        extra = self.auxiliary.take_loss() if self.auxiliary is not None else None
+        if extra is None:
+            return result
+        scaled = num_items_in_batch is not None if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga
+        if scaled:
+            extra = extra / self.current_gradient_accumulation_steps
+        return (result[0] + extra, *result[1:]) if return_outputs else result + extra
+
+    def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
+        """transformers', but parameters that the main loss does not reach neither take from nor add to its norm."""
+        if self.auxiliary is None or not self.auxiliary.apart:
+            return super()._clip_grad_norm(model)
+        apart = {id(parameter) for parameter in self.auxiliary.apart}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+        self.accelerator.clip_grad_norm_(self.auxiliary.apart, self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)
+
+
+class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     """TRL's GRPO on prompts of token ids (column `prompt`), without a forward pass that it does twice.
 
     Override `batch_scored`.
@@ -215,7 +254,7 @@ class GroupRelativeTrainer(GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-class OnPolicyTrainer(DistillationTrainer):
+class OnPolicyTrainer(WithAuxiliary, DistillationTrainer):
     """TRL's on-policy distillation on prompts of token ids (column `prompt`), with the teachers left to a subclass.
 
     Override `batch_generated` and `divergence_loss`. One generated batch is one update.
@@ -268,7 +307,7 @@ class OnPolicyTrainer(DistillationTrainer):
         return loss, entropy, inputs["completion_mask"].sum()
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(WithAuxiliary, SFTTrainer):
     """TRL's SFT on rows of `input_ids` and `labels`, taken as they are."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

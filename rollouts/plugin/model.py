@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
+from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 from posttrain.models.deepseek_v4.context import PackedContext
 from posttrain.models.deepseek_v4.layers import Linear
 from posttrain.models.deepseek_v4.model import DeepseekV4Model
@@ -26,6 +27,9 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         self.model = DeepseekV4Model(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if FLOAT32.search(name):  # vLLM makes everything in the engine's dtype; trainers keep these in fp32
+                parameter.data = parameter.data.float()
         self.caches = cache_layers(config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -43,7 +47,8 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         """Hidden states `[T, hidden]` of the scheduled tokens."""
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # Profiling before the caches exist: one sequence of its own.
-            return self.model.forward_packed(input_ids, PackedContext(torch.tensor([0, len(input_ids)])))
+            whole = torch.tensor([0, len(input_ids)], device=input_ids.device)
+            return self.model.forward_packed(input_ids, PackedContext(whole))
         scheduled = int(next(iter(metadata.values())).query_start_R[-1])
         context = PagedContext(positions[:scheduled], metadata, self.caches)
         hidden = self.model.forward_packed(input_ids[:scheduled], context)

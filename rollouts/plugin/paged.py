@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from posttrain.kernels import BLOCK
+from posttrain.kernels import BLOCK, Candidates
 from posttrain.kernels.blocks import round_up
 from posttrain.models.deepseek_v4.context import Windows
 from rollouts.plugin.caches import CacheLayer, PagedMetadata
@@ -29,6 +29,7 @@ class PagedContext:
         self._longest = int(any_group.seq_lens_R.max())
         self._ending_E: dict[int, Tensor] = {}
         self._memo: dict[tuple, Tensor] = {}
+        self._candidates: dict[tuple, Candidates] = {}
 
     def _cache(self, name: str, kind: str) -> tuple[CacheLayer, tuple]:
         """The cache that holds `name`, and a key that it shares with caches of the same pages and geometry."""
@@ -95,14 +96,15 @@ class PagedContext:
         store[self._memo[memo]] = entries_ED.float()
         return store
 
-    def candidates(self, name: str, rate: int) -> Tensor:
-        """Rows of each token's complete entries, in order."""
+    def candidates(self, name: str, rate: int) -> Candidates:
+        """Each token's complete entries, by the pages of its request."""
         cache, key = self._cache(name, "entries")
-        memo = ("candidates", rate, key)
-        if memo not in self._memo:
-            number_E = torch.arange(round_up(self._longest // rate, BLOCK), device=self.positions_T.device)
-            complete_TE = number_E < ((self.positions_T + 1) // rate).unsqueeze(1)
-            positions_TE = torch.where(complete_TE, number_E * rate, 0)
-            rows_TE = self._rows(cache, positions_TE, self._request_T)
-            self._memo[memo] = torch.where(complete_TE, rows_TE, -1)
-        return self._memo[memo]
+        memo = (rate, key)
+        if memo not in self._candidates:
+            pages = self._metadata[cache.name]
+            first_rows_RB = pages.block_table_RB * cache.rows_per_block
+            columns = round_up(self._longest // rate, BLOCK)
+            complete_T = (self.positions_T + 1) // rate
+            page = pages.block_size // rate
+            self._candidates[memo] = Candidates(complete_T, self._request_T, first_rows_RB, page, columns)
+        return self._candidates[memo]

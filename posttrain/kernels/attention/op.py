@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.attention import oracle
+from posttrain.kernels.backend import backend_of
 from posttrain.kernels.blocks import BLOCK
 from posttrain.kernels.checks import expect
-from posttrain.kernels.compiled import Kernels, dense, differentiable, float_rows, has_kernels, narrow, run
+from posttrain.kernels.compiled import Kernels, dense, differentiable, float_rows, narrow, run
 
-cpu = Kernels(__package__)
+cpu, triton = Kernels(__package__), Kernels(__package__, "triton")
 Source = tuple[int, int, int, int, int]
 
 
@@ -65,6 +66,10 @@ def sparse_attention(q_THD: Tensor, sources: Sequence[tuple[Tensor, Tensor]], si
 
     Returns:
         `[T, H, D]`. Gradients go to `q_THD`, every store and `sink_H`.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype or device does not fit. An index that names a row which its
+            store does not have is an `IndexError` on the CPU and a result of NaN on a GPU, which does not wait to see.
     """
     tokens, heads, dim = expect("sparse_attention", "q", q_THD, "T", "H", "D")
     expect("sparse_attention", "sink", sink_H, heads)
@@ -77,10 +82,20 @@ def sparse_attention(q_THD: Tensor, sources: Sequence[tuple[Tensor, Tensor]], si
             raise ValueError(
                 f"sparse_attention: index of sources[{number}] has {columns} columns; expected a multiple of {BLOCK}"
             )
-    if not has_kernels(q_THD):
+        if index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"sparse_attention: index of sources[{number}] is {index.dtype}; expected torch.int64")
+        for name, tensor in (("store", store), ("index", index)):
+            if tensor.device != q_THD.device:
+                raise ValueError(
+                    f"sparse_attention: {name} of sources[{number}] is on {tensor.device}; expected {q_THD.device}"
+                )
+    backend = backend_of(q_THD)
+    if backend == "oracle":
         return oracle.sparse_attention(q_THD, sources, sink_H, scale)
-    nothing = q_THD[:0, 0], q_THD[:, 0, :0]
+    nothing = sources[0][0][:0], sources[0][1][:, :0]
     (store_a, index_a), (store_b, index_b) = sources if len(sources) == 2 else (*sources, nothing)
+    if backend == "triton":
+        return triton.sparse_attention(q_THD, sink_H, scale, store_a, store_b, index_a, index_b)
     inputs = dense(q_THD), dense(sink_H), scale, float_rows(store_a), float_rows(store_b)
     indices = index_a.long().contiguous(), index_b.long().contiguous()
     return narrow(differentiable(_SparseAttention, *inputs, *indices), q_THD)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import backend_of
 from posttrain.kernels.checks import expect
 from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.compress import oracle
 
 cpu = Kernels(__package__)
+triton = Kernels(__package__, "triton")
 
 
 class _Compress(torch.autograd.Function):
@@ -51,4 +53,6 @@ def compress(kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
     if has_kernels(kv_EMD):
         inputs = dense(kv_EMD), dense(gate_EMD), valid_EM.bool().contiguous()
         return narrow(differentiable(_Compress, *inputs), kv_EMD)
+    if backend_of(kv_EMD) == "triton":
+        return triton.compress(kv_EMD, gate_EMD, valid_EM)
     return oracle.compress(kv_EMD, gate_EMD, valid_EM)

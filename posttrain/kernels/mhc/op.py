@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import backend_of
 from posttrain.kernels.checks import expect
 from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.linear.op import linear
 from posttrain.kernels.mhc import oracle
 
 cpu = Kernels(__package__)
+triton = Kernels(__package__, "triton")
 
 
 class _Site(torch.autograd.Function):
@@ -86,6 +88,9 @@ def mhc_pre(
     expect("mhc_pre", "fn", fn_MC, width, n * dim)
     expect("mhc_pre", "base", base_M, width)
     expect("mhc_pre", "scale", scale_3, 3)
+    if backend_of(streams_TND) == "triton":
+        constants = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+        return triton.mhc_pre(streams_TND, fn_MC, base_M, scale_3, **constants)
     if has_kernels(streams_TND):
         inputs = dense(streams_TND), dense(fn_MC), dense(base_M), dense(scale_3)
         x_TD, post_TN, comb_TNN = differentiable(_Site, *inputs, iterations, eps, norm_eps)
@@ -99,6 +104,8 @@ def mhc_post(streams_TND: Tensor, out_TD: Tensor, post_TN: Tensor, comb_TNN: Ten
     expect("mhc_post", "out", out_TD, tokens, dim)
     expect("mhc_post", "post", post_TN, tokens, n)
     expect("mhc_post", "comb", comb_TNN, tokens, n, n)
+    if backend_of(streams_TND) == "triton":
+        return triton.mhc_post(streams_TND, out_TD, post_TN, comb_TNN)
     if has_kernels(streams_TND):
         inputs = dense(streams_TND), dense(out_TD), dense(post_TN), dense(comb_TNN)
         return narrow(differentiable(_Post, *inputs), streams_TND)
@@ -113,6 +120,8 @@ def mhc_head(
     expect("mhc_head", "fn", fn_NC, n, n * dim)
     expect("mhc_head", "base", base_N, n)
     expect("mhc_head", "scale", scale_1, 1)
+    if backend_of(streams_TND) == "triton":
+        return triton.mhc_head(streams_TND, fn_NC, base_N, scale_1, eps=eps, norm_eps=norm_eps)
     if has_kernels(streams_TND):
         inputs = dense(streams_TND), dense(fn_NC), dense(base_N), dense(scale_1)
         return narrow(differentiable(_Site, *inputs, 0, eps, norm_eps)[0], streams_TND)

@@ -8,12 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import backend_of
 from posttrain.kernels.checks import expect
 from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.linear.op import ALIGNMENT, linear, minimum_rows
 from posttrain.kernels.moe import oracle
+from posttrain.kernels.wide import without_autocast
 
 cpu = Kernels(__package__)
+triton = Kernels(__package__, "triton")
+
+
+def _expect_beside(op: str, x: Tensor, **others: Tensor) -> None:
+    """Nothing, once all are known to be where `x` is.
+
+    Raises:
+        ValueError: names the op, the argument, its device and the one that is allowed.
+    """
+    for name, tensor in others.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; expected {x.device}, where x is")
 
 
 class _Route(torch.autograd.Function):
@@ -39,6 +53,7 @@ class _Route(torch.autograd.Function):
         return dlogits_TE, None, None, None
 
 
+@without_autocast
 def route_topk(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The `k` experts of highest `sqrt_softplus(x·wᵀ) + bias`; the bias selects but does not weigh.
 
@@ -50,6 +65,9 @@ def route_topk(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, k: int, scaling:
     expect("route_topk", "bias", bias_E, experts)
     if not 1 <= k <= experts:
         raise ValueError(f"route_topk: k is {k}; expected 1 to {experts}, the number of experts")
+    _expect_beside("route_topk", x_TH, weight=weight_EH, bias=bias_E)
+    if backend_of(x_TH) == "triton":
+        return triton.route_topk(x_TH, weight_EH, bias_E, k, scaling)
     if has_kernels(x_TH):
         logits_TE = dense(linear(x_TH.float(), weight_EH.float()))
         chosen_TK = torch.empty(tokens, k, dtype=torch.int64)
@@ -57,6 +75,7 @@ def route_topk(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor, k: int, scaling:
     return oracle.route_topk(x_TH, weight_EH, bias_E, k, scaling)
 
 
+@without_autocast
 def route_hash(
     x_TH: Tensor, weight_EH: Tensor, table_VK: Tensor, tokens_T: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -65,6 +84,9 @@ def route_hash(
     expect("route_hash", "weight", weight_EH, "E", hidden)
     expect("route_hash", "table", table_VK, "V", "K")
     expect("route_hash", "tokens", tokens_T, tokens)
+    _expect_beside("route_hash", x_TH, weight=weight_EH, table=table_VK, tokens=tokens_T)
+    if backend_of(x_TH) == "triton":
+        return triton.route_hash(x_TH, weight_EH, table_VK, tokens_T, scaling)
     if has_kernels(x_TH):
         logits_TE = dense(linear(x_TH.float(), weight_EH.float()))
         return differentiable(_Route, logits_TE, None, table_VK[tokens_T].long(), scaling)
@@ -94,6 +116,9 @@ def swiglu_mlp(x_TH: Tensor, gate_up_JH: Tensor, down_HI: Tensor, limit: float) 
     _, hidden = expect("swiglu_mlp", "x", x_TH, "T", "H")
     inner = expect("swiglu_mlp", "gate_up", gate_up_JH, "J", hidden)[0] // 2
     expect("swiglu_mlp", "down", down_HI, hidden, inner)
+    _expect_beside("swiglu_mlp", x_TH, gate_up=gate_up_JH, down=down_HI)
+    if backend_of(x_TH) == "triton":
+        return triton.swiglu_mlp(x_TH, gate_up_JH, down_HI, limit)
     hidden_TJ = linear(x_TH, gate_up_JH)
     if has_kernels(x_TH):
         return linear(narrow(differentiable(_Swiglu, dense(hidden_TJ), limit), x_TH), down_HI)
@@ -182,6 +207,9 @@ def moe_experts(
     expect("moe_experts", "weights", weights_TK, tokens, slots)
     experts, _, inner = expect("moe_experts", "w2", w2_EHI, "E", hidden, "I")
     expect("moe_experts", "w13", w13_EJH, experts, 2 * inner, hidden)
+    _expect_beside("moe_experts", x_TH, experts=experts_TK, weights=weights_TK, w13=w13_EJH, w2=w2_EHI)
+    if backend_of(x_TH) == "triton":
+        return triton.moe_experts(x_TH, experts_TK, weights_TK, w13_EJH, w2_EHI, limit)
     if has_kernels(x_TH):
         routes = experts_TK.long().contiguous(), dense(weights_TK)
         inputs = dense(x_TH), *routes, w13_EJH.float(), w2_EHI.float()

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import backend_of
 from posttrain.kernels.checks import expect
 from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.norm import oracle
 
 cpu = Kernels(__package__)
+triton = Kernels(__package__, "triton")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -42,4 +44,6 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         expect("rms_norm", "weight", weight, x.shape[-1])
     if has_kernels(x):
         return narrow(differentiable(_RMSNorm, dense(x), weight if weight is None else dense(weight), eps), x)
+    if backend_of(x) == "triton":
+        return triton.rms_norm(x, weight, eps)
     return oracle.rms_norm(x, weight, eps)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backend import backend_of
 from posttrain.kernels.checks import expect
 from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.rope import oracle
 
 cpu = Kernels(__package__)
+triton = Kernels(__package__, "triton")
 
 
 def _rotate(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, backwards: bool) -> Tensor:
@@ -50,4 +52,6 @@ def apply_rope(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False)
     if has_kernels(x):
         angles = dense(cos_TR), dense(sin_TR)
         return narrow(differentiable(_Rope, dense(x), *angles, inverse), x)
+    if backend_of(x) == "triton":
+        return triton.apply_rope(x, cos_TR, sin_TR, inverse)
     return oracle.apply_rope(x, cos_TR, -sin_TR if inverse else sin_TR)

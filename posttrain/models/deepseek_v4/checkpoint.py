@@ -1,5 +1,7 @@
 """Checkpoints in the layout of the released models: names, files, and what transformers makes of them.
 
+FP8 and MXFP4 matrices (`export` writes such, and the released models are such) are read as the numbers they stand for.
+
 The released layout has no `model.` prefix, one tensor for each expert's `w1` (gate), `w3` (up) and `w2` (down), and
 mHC tensors called `hc_attn_fn` and so on. transformers reads it but saves a mixture (issue notes: keys
 keep `model.`, `kv_norm` comes out as `norm`, `hc_head_fn` as `hc_head.hc_fn`); that is read here too.
@@ -10,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from posttrain.models.deepseek_v4.config import native_config_dict
+from posttrain.kernels.quant.op import dequantize_fp8, dequantize_mxfp4
+from posttrain.models.deepseek_v4.config import native_config_dict, precision_of
 
 if TYPE_CHECKING:
     from posttrain.models.deepseek_v4.model import DeepseekV4ForCausalLM
@@ -45,6 +49,12 @@ EXPERT = re.compile(r"^(layers\.\d+\.ffn\.(?:experts\.(\d+)|shared_experts))\.w(
 
 IGNORED = re.compile(r"^mtp\.")
 """Multi-token-prediction layers serve speculative decoding; post-training does not use them."""
+
+QUANTISED = (torch.float8_e4m3fn, torch.int8, torch.uint8)
+"""FP8, and two MXFP4 numbers in a byte; no other tensor of a checkpoint has such a dtype."""
+
+SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
+"""Names of a matrix' scales: those of V4's checkpoints, and of V3's."""
 
 FLOAT32 = re.compile(r"(hc_|attn_sink|\.ape$|norm\.weight$|\.gate\.bias$)")
 """Kept in fp32 whatever the model's dtype."""
@@ -78,8 +88,17 @@ def read_config(directory: Path) -> DeepseekV4Config:
     fields = json.loads(file.read_text())
     if fields.get("model_type") != "deepseek_v4":
         raise CheckpointError(f"{file}: model_type is {fields.get('model_type')!r}, expected 'deepseek_v4'")
+    if fields.pop("quantization_config", None):  # the weights are read as plain numbers
+        for key in ("expert_dtype", "dtype", "torch_dtype"):
+            fields.pop(key, None)
+    if isinstance(fields.get("rope_parameters"), dict) and "compress" in fields["rope_parameters"]:
+        fields.pop("rope_scaling", None)  # says less
     config = DeepseekV4Config.from_dict(fields)
     config.architectures = ["DeepseekV4ForCausalLM"]
+    try:
+        precision_of(config)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     return config
 
 
@@ -105,21 +124,62 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from error
+
+
 def iterate_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its released name, one at a time, `mtp.*` left out."""
-    for file in _files(directory):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    released = _released_name(name)
-                    if not IGNORED.match(released):
-                        yield released, tensors.get_tensor(name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from error
+    """Every tensor under its released name, one at a time, quantised ones as fp32 numbers; `mtp.*` left out."""
+    files = _files(directory)
+    homes: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            homes |= dict.fromkeys(tensors.keys(), file)
+    for file in files:
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                released = _released_name(name)
+                if IGNORED.match(released) or _weight_of(name) in homes:
+                    continue
+                tensor = tensors.get_tensor(name)
+                if tensor.dtype in QUANTISED:
+                    tensor = _numbers(name, tensor, homes)
+                yield released, tensor
+
+
+def _weight_of(name: str) -> str | None:
+    """The matrix whose scales a tensor of this name holds."""
+    for suffix in SCALE_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix) + ".weight"
+    return None
+
+
+def _numbers(name: str, tensor: Tensor, homes: dict[str, Path]) -> Tensor:
+    """A quantised matrix as fp32, with the scales that the checkpoint has for it."""
+    found = [other for suffix in SCALE_SUFFIXES if (other := name.removesuffix(".weight") + suffix) in homes]
+    if not found:
+        raise CheckpointError(f"{homes[name]}: tensor {name} is {tensor.dtype} and there is no tensor with its scales")
+    with _opened(homes[found[0]]) as tensors:
+        scales = tensors.get_tensor(found[0])
+    scales = scales.view(torch.uint8) if scales.dtype in (torch.float8_e8m0fnu, torch.int8) else scales
+    try:
+        if tensor.dtype is torch.float8_e4m3fn:
+            return dequantize_fp8(tensor, scales)
+        return dequantize_mxfp4(tensor.view(torch.uint8), scales)
+    except ValueError as error:
+        raise CheckpointError(f"{homes[name]}: tensor {name} with {found[0]}: {error}") from error
 
 
 def _place(name: str, parameters: dict[str, Tensor]) -> tuple[str, Tensor | None]:
@@ -174,6 +234,8 @@ def load_into(parameters: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor
 
 def materialise(model: DeepseekV4ForCausalLM, directory: Path, dtype: torch.dtype | str | None) -> None:
     """Give a model made on the meta device its memory and its weights."""
+    if dtype is None and precision_of(model.config) == "bf16":
+        dtype = torch.bfloat16
     if isinstance(dtype, str):
         dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     for module in model.modules():
@@ -217,25 +279,42 @@ def released_tensors(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 
 def write(config: DeepseekV4Config, state_dict: dict[str, Tensor], directory: str | os.PathLike) -> None:
-    """Write `config.json` and the tensors in shards of at most 5 GiB, with an index if there are several."""
-    directory = Path(directory)
+    """Write `config.json` and the tensors as `write_tensors` does."""
+    write_tensors(released_tensors(state_dict), Path(directory))
+    write_config(native_config_dict(config), Path(directory))
+
+
+def write_config(fields: dict[str, Any], directory: Path) -> None:
+    """Write `config.json`."""
+    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    """Write tensors in shards of at most 5 GiB, one in memory at a time, with an index if there are several."""
     directory.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in released_tensors(state_dict):
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def finish() -> None:
+        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
         tensor = tensor.detach().to("cpu").contiguous().clone()
         if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
+            finish()
             size = 0
-        shards[-1][name] = tensor
+        shard[name] = tensor
         size += tensor.nbytes
+        total += tensor.nbytes
+    finish()
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+    for number, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{number}").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    (directory / "config.json").write_text(json.dumps(native_config_dict(config), indent=2, sort_keys=True) + "\n")

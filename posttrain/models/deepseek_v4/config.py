@@ -7,13 +7,18 @@ saves carries both sets of fields, so that either kind of reader finds what it l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import DeepseekV4Config
 
+from posttrain.kernels.quant.formats import FP4_GROUP
 from posttrain.models.deepseek_v4.presets import HEAVY, PRESETS, SLIDING, SPARSE
 
 RELEASED_RATES = {SLIDING: 0, SPARSE: 4, HEAVY: 128}
+
+Precision = Literal["fp32", "bf16", "fp4_experts"]
+"""`fp32`, `bf16`: what the matrices are held in. `fp4_experts`: fp32 masters, routed experts rounded to MXFP4 in
+every forward pass (quantisation-aware training). A config's field `precision`; without one: `fp32`."""
 
 
 def make_config(config: str | dict[str, Any], **token_fields: Any) -> DeepseekV4Config:
@@ -42,6 +47,28 @@ def native_config_dict(config: DeepseekV4Config) -> dict[str, Any]:
     if all(rates[kind] == RELEASED_RATES[kind] for kind in config.layer_types):
         fields["compress_ratios"] = [rates[kind] for kind in config.layer_types]
     return fields
+
+
+def precision_of(config: DeepseekV4Config) -> Precision:
+    """What the model's weights are held in and rounded to.
+
+    Raises:
+        ValueError: a precision that there is not, or widths that MXFP4 cannot divide into groups.
+    """
+    precision: Any = getattr(config, "precision", None) or "fp32"
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if precision == "fp4_experts" and getattr(config, name) % FP4_GROUP:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; precision fp4_experts needs a multiple of {FP4_GROUP}"
+            )
+    return precision
+
+
+def fp4_experts(config: DeepseekV4Config) -> bool:
+    """Whether the routed experts are rounded to MXFP4 in every forward pass."""
+    return precision_of(config) == "fp4_experts"
 
 
 def rope_dim(config: DeepseekV4Config) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from posttrain.kernels import BLOCK
+from posttrain.kernels import BLOCK, Candidates
 from posttrain.kernels.blocks import round_up
 
 
@@ -44,8 +44,8 @@ class AttentionContext(Protocol):
     def entries(self, name: str, entries_ED: Tensor, rate: int) -> Tensor:
         """Put the entries of those blocks into their store, and return the store `[S, D]`."""
 
-    def candidates(self, name: str, rate: int) -> Tensor:
-        """Rows `[T, E]` of all entries complete at each token, in order, -1 after them; E a multiple of BLOCK."""
+    def candidates(self, name: str, rate: int) -> Candidates:
+        """All entries complete at each token, and where the store has them."""
 
 
 class PackedContext:
@@ -69,7 +69,7 @@ class PackedContext:
         self.positions_T = torch.arange(self.total, device=self.device) - self.start_T
         self._window_rows: dict[int, Tensor] = {}
         self._blocks: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
-        self._candidates: dict[int, Tensor] = {}
+        self._candidates: dict[int, Candidates] = {}
 
     def window(self, name: str, kv_TD: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The call's own tokens are the store."""
@@ -101,12 +101,13 @@ class PackedContext:
         """The call's own entries are the store."""
         return entries_ED
 
-    def candidates(self, name: str, rate: int) -> Tensor:
-        """Entries of the token's own sequence whose block has ended."""
+    def candidates(self, name: str, rate: int) -> Candidates:
+        """Entries of the token's own sequence whose block has ended: one page for each sequence."""
         if rate not in self._candidates:
             counts_B = self.lengths_B // rate
-            first_entry_T = (counts_B.cumsum(0) - counts_B)[self.sequence_T]
-            number_E = torch.arange(round_up(self.longest // rate, BLOCK), device=self.device)
-            complete_TE = number_E < ((self.positions_T + 1) // rate).unsqueeze(1)
-            self._candidates[rate] = torch.where(complete_TE, first_entry_T.unsqueeze(1) + number_E, -1)
+            first_entry_B1 = (counts_B.cumsum(0) - counts_B).unsqueeze(1)
+            complete_T = (self.positions_T + 1) // rate
+            longest = self.longest // rate
+            columns = round_up(longest, BLOCK)
+            self._candidates[rate] = Candidates(complete_T, self.sequence_T, first_entry_B1, max(longest, 1), columns)
         return self._candidates[rate]

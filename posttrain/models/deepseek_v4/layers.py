@@ -16,7 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from posttrain import kernels
 from posttrain.kernels.blocks import round_up
-from posttrain.models.deepseek_v4.config import rope_dim
+from posttrain.kernels.quant.op import fake_quantize_mxfp4
+from posttrain.models.deepseek_v4.auxiliary import Record, attention_target, indexer_loss, recording
+from posttrain.models.deepseek_v4.config import fp4_experts, rope_dim
 from posttrain.models.deepseek_v4.context import AttentionContext
 from posttrain.models.deepseek_v4.presets import SLIDING, SPARSE
 
@@ -123,7 +125,10 @@ class Compressor(nn.Module):
 
 
 class Indexer(nn.Module):
-    """Chooses `index_topk` compressed entries for each token (V4 report eqs. 13-17). No gradient passes a choice."""
+    """Chooses `index_topk` compressed entries for each token (V4 report eqs. 13-17).
+
+    No gradient passes a choice; `Attention` trains the scores by an objective of their own where that is on.
+    """
 
     def __init__(self, config: DeepseekV4Config, name: str) -> None:
         super().__init__()
@@ -133,18 +138,27 @@ class Indexer(nn.Module):
         rate = config.compress_rates[SPARSE]
         self.compressor = Compressor(config, f"{name}.compressor", self.head_dim, rate, overlap=True)
 
-    @torch.no_grad()
-    def forward(
-        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope, candidates_TE: Tensor
-    ) -> Tensor:
-        """Columns of `candidates_TE` chosen for each token, `[T, K]`; a column may point past the candidates."""
+    def project(
+        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[T, H, D]`, head weights `[T, H]` and keys `[S, D]` of the scores."""
         keys_SD = self.compressor(x_TH, context, rope)
         q_THD = self.wq_b(q_latent_TL).unflatten(-1, (self.heads, self.head_dim))
         q_THD = kernels.apply_rope(q_THD, rope.cos_TR, rope.sin_TR)
         weights_TH = self.weights_proj(x_TH).float() * (self.head_dim * self.heads) ** -0.5
-        own_candidates = context.candidates(self.compressor.name, self.compressor.rate)
-        scores_TE = kernels.index_scores(q_THD, weights_TH, keys_SD, own_candidates)
-        return kernels.topk_stable(scores_TE, self.topk)
+        return q_THD, weights_TH, keys_SD
+
+    @torch.no_grad()
+    def forward(
+        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope, candidates: kernels.Candidates
+    ) -> Tensor:
+        """Rows of the entries chosen from `candidates` for each token, `[T, K]` in order of position, then -1."""
+        own = context.candidates(self.compressor.name, self.compressor.rate)
+        if own.columns <= self.topk:  # There is nothing to choose, but later tokens will ask for the keys.
+            self.compressor(x_TH, context, rope)
+            return candidates.rows_TE
+        chosen_TK = kernels.index_topk(*self.project(x_TH, q_latent_TL, context, rope), own, self.topk)
+        return F.pad(candidates.rows_of(chosen_TK), (0, round_up(self.topk) - self.topk), value=-1)
 
 
 class Attention(nn.Module):
@@ -176,12 +190,30 @@ class Attention(nn.Module):
         self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope
     ) -> tuple[Tensor, Tensor]:
         store = self.compressor(x_TH, context, rope)
-        rows_TE = context.candidates(self.compressor.name, self.compressor.rate)
-        if self.kind == SPARSE and rows_TE.shape[1]:
-            chosen_TK = self.indexer(x_TH, q_latent_TL, context, rope, rows_TE)
-            rows_TK = rows_TE.gather(1, chosen_TK)
-            rows_TE = F.pad(rows_TK, (0, round_up(self.indexer.topk) - rows_TK.shape[1]), value=-1)
-        return store, rows_TE
+        candidates = context.candidates(self.compressor.name, self.compressor.rate)
+        if self.kind == SPARSE:
+            return store, self.indexer(x_TH, q_latent_TL, context, rope, candidates)
+        return store, candidates.rows_TE
+
+    def _train_indexer(
+        self,
+        record: Record,
+        x_TH: Tensor,
+        q_latent_TL: Tensor,
+        q_THD: Tensor,
+        sources: list[tuple[Tensor, Tensor]],
+        context: AttentionContext,
+        rope: Rope,
+    ) -> None:
+        """Leave the indexer's divergence from this attention; its input is detached, so that nothing else feels it."""
+        window, (store, rows_TK) = sources
+        if record.all_candidates:
+            rows_TK = context.candidates(self.compressor.name, self.compressor.rate).rows_TE
+        if rows_TK.shape[1]:
+            scale = self.head_dim**-0.5
+            target_TK = attention_target(q_THD, window, (store, rows_TK), self.attn_sink, scale)
+            projected = self.indexer.project(x_TH.detach(), q_latent_TL.detach(), context, rope)
+            record.add_divergence(self.indexer.compressor.name, indexer_loss(*projected, rows_TK, target_TK))
 
     def forward(self, x_TH: Tensor, context: AttentionContext, rope: Rope) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
@@ -193,6 +225,8 @@ class Attention(nn.Module):
         if self.kind != SLIDING:
             sources.append(self._compressed(x_TH, q_latent_TL, context, rope))
         out_THD = kernels.sparse_attention(q_THD, sources, self.attn_sink, self.head_dim**-0.5)
+        if self.kind == SPARSE and (record := recording()) is not None and record.indexer:
+            self._train_indexer(record, x_TH, q_latent_TL, q_THD, sources, context, rope)
         out_THD = kernels.apply_rope(out_THD, rope.cos_TR, rope.sin_TR, inverse=True)
         grouped_TGI = out_THD.reshape(len(out_THD), self.groups, -1)
         latent_TGO = kernels.grouped_linear(grouped_TGI, self.wo_a.weight.unflatten(0, (self.groups, -1)))
@@ -205,27 +239,58 @@ class Gate(nn.Module):
     def __init__(self, config: DeepseekV4Config, layer: int) -> None:
         super().__init__()
         self.hashed = config.mlp_layer_types[layer] == "hash_moe"
+        self.layer = layer
         self.k, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if self.hashed:
             self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.k, dtype=torch.int64))
         else:
-            self.register_buffer("bias", torch.zeros(config.n_routed_experts))
+            # fp32 in an engine of another dtype too: updates of 1e-3 would be lost in bf16
+            self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_TH: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and weights `[T, k]`."""
         if self.hashed:
             return kernels.route_hash(x_TH, self.weight, self.tid2eid, tokens_T, self.scaling)
-        return kernels.route_topk(x_TH, self.weight, self.bias, self.k, self.scaling)
+        experts_TK, weights_TK = kernels.route_topk(x_TH, self.weight, self.bias, self.k, self.scaling)
+        if (record := recording()) is not None:
+            record.add_routing(self.layer, x_TH, self.weight, experts_TK)
+        return experts_TK, weights_TK
 
 
 class ExpertWeights(nn.Module):
-    """Experts' matrices stacked: `w13[E, 2I, H]` is gate above up, `w2[E, H, I]` is down. No `E` for one expert."""
+    """Experts' matrices stacked: `w13[E, 2I, H]` is gate above up, `w2[E, H, I]` is down. No `E` for one expert.
 
-    def __init__(self, lead: tuple[int, ...], hidden: int, inner: int) -> None:
+    With `fp4` the parameters are master weights: tokens meet them rounded to MXFP4 (V4 report §5.2.1), in the trainer
+    and in the engine alike, and gradients go straight through to the masters.
+    """
+
+    def __init__(self, lead: tuple[int, ...], hidden: int, inner: int, fp4: bool = False) -> None:
         super().__init__()
+        self.fp4 = fp4
         self.w13 = nn.Parameter(torch.empty(*lead, 2 * inner, hidden))
         self.w2 = nn.Parameter(torch.empty(*lead, hidden, inner))
+        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """`w13` and `w2` as tokens meet them."""
+        return (self._rounded("w13"), self._rounded("w2")) if self.fp4 else (self.w13, self.w2)
+
+    def _rounded(self, name: str) -> Tensor:
+        """An engine rounds once for each set of weights and keeps the result; everybody else at every call.
+
+        An engine is whoever runs frozen weights in inference mode. A change of weights shows in the version that
+        torch counts (only writes through `.data` would not).
+        """
+        master = getattr(self, name)
+        if master.requires_grad or master.is_inference() or not torch.is_inference_mode_enabled():
+            return fake_quantize_mxfp4(master)
+        source, version, rounded = self._kept.get(name, (None, -1, None))
+        same = source is not None and (source.data_ptr(), source.dtype) == (master.data_ptr(), master.dtype)
+        if not same or version != master._version:
+            rounded = fake_quantize_mxfp4(master)
+            self._kept[name] = master.detach(), master._version, rounded
+        return rounded
 
 
 class MixtureOfExperts(nn.Module):
@@ -236,13 +301,13 @@ class MixtureOfExperts(nn.Module):
         self.limit = config.swiglu_limit
         sizes = config.hidden_size, config.moe_intermediate_size
         self.gate = Gate(config, layer)
-        self.experts = ExpertWeights((config.n_routed_experts,), *sizes)
+        self.experts = ExpertWeights((config.n_routed_experts,), *sizes, fp4=fp4_experts(config))
         self.shared_experts = ExpertWeights((), *sizes)
 
     def forward(self, x_TH: Tensor, tokens_T: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
         experts_TK, weights_TK = self.gate(x_TH, tokens_T)
-        routed = kernels.moe_experts(x_TH, experts_TK, weights_TK, self.experts.w13, self.experts.w2, self.limit)
+        routed = kernels.moe_experts(x_TH, experts_TK, weights_TK, *self.experts.matrices(), self.limit)
         return routed + kernels.swiglu_mlp(x_TH, self.shared_experts.w13, self.shared_experts.w2, self.limit)
 
 

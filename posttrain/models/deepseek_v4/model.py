@@ -9,6 +9,7 @@ left padding and for packing: https://github.com/huggingface/transformers/issues
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from posttrain import kernels
 from posttrain.models.deepseek_v4 import checkpoint as checkpoints
+from posttrain.models.deepseek_v4.auxiliary import Auxiliary, Record, run_layer
 from posttrain.models.deepseek_v4.context import AttentionContext, PackedContext
 from posttrain.models.deepseek_v4.layers import Block, Gate, HyperConnection, Linear, RMSNorm, RopeTables
 
@@ -52,6 +54,9 @@ class DeepseekV4PreTrainedModel(PreTrainedModel):
 class DeepseekV4Model(DeepseekV4PreTrainedModel):
     """The backbone: token ids to the normed hidden states that the head reads."""
 
+    auxiliary: Auxiliary | None = None
+    """Objectives beside the language-model loss, for forward passes with gradients; None: there are none."""
+
     def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -83,11 +88,16 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
         config = self.config
         streams_TND = self.embed(tokens_T).unsqueeze(1).repeat(1, config.hc_mult, 1)
         ropes = {kind: self.ropes(kind, context.positions_T) for kind in ("main", "compress")}
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                streams_TND = checkpoint(layer, streams_TND, tokens_T, context, ropes, use_reentrant=False)
-            else:
-                streams_TND = layer(streams_TND, tokens_T, context, ropes)
+        recording: AbstractContextManager[Record | None] = nullcontext()
+        if self.auxiliary is not None and torch.is_grad_enabled() and isinstance(context, PackedContext):
+            recording = self.auxiliary.record(context)
+        with recording as record:
+            for layer in self.layers:
+                arguments = record, layer, streams_TND, tokens_T, context, ropes
+                if self.gradient_checkpointing and self.training:
+                    streams_TND = checkpoint(run_layer, *arguments, use_reentrant=False)
+                else:
+                    streams_TND = run_layer(*arguments)
         collapsed_TD = kernels.mhc_head(
             streams_TND,
             self.hc_head_fn,

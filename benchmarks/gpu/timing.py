@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-
 AHEAD_CYCLES = 4_000_000
 """How long the GPU is kept busy before a call, about 2 ms, so that the call's launches are queued when it begins."""
 

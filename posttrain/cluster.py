@@ -60,7 +60,7 @@ class Cluster:
             from distill.teacher import start_teachers
 
             cluster = self.recipe.cluster
-            options = {"num_cpus": ACTOR_CPUS, "runtime_env": {"env_vars": _environment(cluster.threads)}}
+            options = {"num_cpus": ACTOR_CPUS, "runtime_env": {"env_vars": _environment(self.recipe)}}
             count, family = cluster.teacher_workers, self.recipe.model.family
             self._teachers = start_teachers(count, family, TEACHER_BYTES, cluster.threads, options)
         return self._teachers
@@ -191,11 +191,12 @@ def _end(processes: set[psutil.Process]) -> None:
     psutil.wait_procs(left, timeout=5)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(recipe: Recipe) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     return {
+        **({"POSTTRAIN_KERNELS": recipe.model.kernels} if recipe.model.kernels else {}),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(recipe.cluster.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -215,10 +216,10 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
         actor = ray.remote(TrainerActor).options(
             num_cpus=ACTOR_CPUS,
             num_gpus=settings.gpus_per_worker,
-            runtime_env={"env_vars": _environment(settings.threads)},
+            runtime_env={"env_vars": _environment(recipe)},
         )
         recipe_json = recipe.model_dump_json()
         cluster.trainers = [actor.remote(slot, recipe_json, str(run_directory)) for slot in range(settings.trainers)]
     kind = engine_kind(recipe.model.family, recipe.rollout)
-    engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads)
+    engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads, recipe.model.kernels)
     cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker)

@@ -64,11 +64,16 @@ def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
             yield Work(recipe, run, domains, tokenizer, cluster), initial
 
 
+def _environment(recipe: Recipe) -> dict[str, object]:
+    kernels = recipe.model.kernels or ("triton" if recipe.cluster.gpus_per_worker else "compiled")
+    return {**describe_environment(), "kernels": kernels if recipe.model.family == "deepseek_v4" else "transformers"}
+
+
 @contextmanager
 def _recorded_attempt(run: RunDirectory, began: float) -> Iterator[None]:
     """The beginning (unix seconds) and the end of the work, for the live view as well."""
     run.set_status("running")
-    run.append_event({"event": "run_started", "time": began, "environment": describe_environment()})
+    run.append_event({"event": "run_started", "time": began, "environment": _environment(run.recipe)})
     status: RunStatus = "failed"
     error: str | None = None
     try:

@@ -49,7 +49,7 @@ class RolloutPool:
             num_cpus=WORKER_CPUS,
             num_gpus=gpus_per_worker,
             max_restarts=0,
-            runtime_env={"env_vars": engine_environment(settings.threads)},
+            runtime_env={"env_vars": engine_environment(settings.threads, settings.kernels)},
         )
         self._workers: list[ActorHandle] = [actor.remote(settings) for _ in range(workers)]
         try:

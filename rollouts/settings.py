@@ -30,6 +30,8 @@ class EngineSettings:
     max_num_batched_tokens: int = 2048
     kv_cache_bytes: int = 64 << 20
     threads: int = 1
+    kernels: str | None = None
+    """Implementation of the op table; None: the device's own."""
 
 
 def engine_kind(family: Literal["deepseek_v4", "hf"], rollout: RolloutConfig) -> EngineKind:
@@ -37,8 +39,10 @@ def engine_kind(family: Literal["deepseek_v4", "hf"], rollout: RolloutConfig) ->
     return rollout.engine if family == "deepseek_v4" else "vllm"
 
 
-def engine_settings(description: str | Path, kind: EngineKind, rollout: RolloutConfig, threads: int) -> EngineSettings:
-    """Settings from a recipe's `rollout` section and `cluster.threads`."""
+def engine_settings(
+    description: str | Path, kind: EngineKind, rollout: RolloutConfig, threads: int, kernels: str | None = None
+) -> EngineSettings:
+    """Settings from a recipe's `rollout` section, `cluster.threads` and `model.kernels`."""
     return EngineSettings(
         description=str(Path(description).resolve()),
         kind=kind,
@@ -48,6 +52,7 @@ def engine_settings(description: str | Path, kind: EngineKind, rollout: RolloutC
         max_num_batched_tokens=rollout.max_num_batched_tokens,
         kv_cache_bytes=rollout.kv_cache_mib << 20,
         threads=threads,
+        kernels=kernels,
     )
 
 
@@ -102,7 +107,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: not valid JSON: {error}") from error
 
 
-def engine_environment(threads: int) -> dict[str, str]:
+def engine_environment(threads: int, kernels: str | None = None) -> dict[str, str]:
     """Environment variables of an engine process; they must be set before it imports torch or vllm."""
     inherited = os.environ.get("PYTHONPATH")
     root = str(Path(__file__).resolve().parents[1])
@@ -119,6 +124,8 @@ def engine_environment(threads: int) -> dict[str, str]:
         # An engine reads nothing but its description directory.
         "HF_HUB_OFFLINE": "1",
     }
+    if kernels is not None:
+        environment["POSTTRAIN_KERNELS"] = kernels
     if "RAY_AUTH_MODE" in os.environ:
         environment["RAY_AUTH_MODE"] = os.environ["RAY_AUTH_MODE"]
     return environment

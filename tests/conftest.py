@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 # Ray reads this once in a process. A second cluster in another mode would lose its actors before they begin.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
@@ -16,3 +18,20 @@ if not Path("/dev/nvidiactl").exists():
 # Tests press Ctrl-C, in this process and in runs that they start. A shell's background job begins with it ignored.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+PROCESSES = {
+    f"test_{name}"
+    for name in (
+        *("cli", "export", "model_integrations", "native_engine", "observe", "pipeline", "pipeline_parts"),
+        *("rollouts_service", "rundir", "setup", "trainers_actor", "trl_seam"),
+    )
+}
+"""Modules that start Ray, engines or programs: they run one after another, beside the other modules."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -n 2` gives one worker the modules above and shares out the others; without `-n` nothing changes."""
+    for item in items:
+        module = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("processes" if module in PROCESSES else module))
+    items.sort(key=lambda item: item.path.stem not in PROCESSES)

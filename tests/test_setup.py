@@ -191,7 +191,9 @@ def test_the_cpu_lock_leaves_out_what_breaks_beside_a_cpu_torch() -> None:
 def test_this_environment_is_the_locked_one() -> None:
     from importlib.metadata import distributions
 
-    installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in distributions()}
+    installed: dict[str, str] = {}
+    for one in distributions():  # setuptools brings copies of other packages, at the end of the path once it is loaded
+        installed.setdefault(re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower(), one.version)
     extra = "cuda" if "vllm" in installed else "cpu"
     public = {name: version.partition("+")[0] for name, version in installed.items()}
     assert {name: public.get(name) for name in locked(extra)} == locked(extra)

@@ -4,11 +4,13 @@
     triton      Triton kernels: GPUs; on the CPU in Triton's interpreter, for tests (`TRITON_INTERPRET=1`)
     oracle      plain torch: fp64, and whatever device has no kernels
 
-`use("oracle")` chooses for the whole process, `use(None)` goes back to the table above.
+`use("oracle")` chooses for the whole process, `use(None)` goes back to the table above. A process begins with what the
+environment variable `POSTTRAIN_KERNELS` names, which a recipe's `model.kernels` sets in all of a run's processes.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Literal, get_args
 
 import torch
@@ -32,9 +34,18 @@ def use(backend: Backend | None) -> None:
 
 
 def backend_of(tensor: Tensor) -> Backend:
-    """The implementation that an op uses for this tensor."""
+    """The implementation that an op uses for this tensor.
+
+    Raises:
+        ValueError: `compiled` was chosen and the tensor is not on the CPU.
+    """
     if tensor.dtype is torch.float64:
         return "oracle"
+    if _chosen == "compiled" and not tensor.is_cpu:
+        raise ValueError(f"backend: the compiled kernels run on the CPU; got a tensor on {tensor.device}")
     if _chosen is not None:
         return _chosen
     return "compiled" if tensor.is_cpu else "triton" if tensor.is_cuda else "oracle"
+
+
+use(os.environ.get("POSTTRAIN_KERNELS") or None)  # type: ignore[arg-type]

@@ -45,6 +45,9 @@ class ModelConfig(Section):
     precision: Literal["fp32", "bf16", "fp4_experts"] | None = None
     """`fp32`, `bf16`: what matrices are held in. `fp4_experts`: fp32 masters, routed experts rounded to MXFP4 in every
     forward pass of trainer and engine (quantisation-aware training). Default: the checkpoint's, or fp32."""
+    kernels: Literal["compiled", "triton", "oracle"] | None = None
+    """Implementation of the op table in trainers, teachers and native engines. Default: `compiled` on CPUs, `triton` on
+    GPUs; `oracle`, plain torch, runs anywhere."""
     tokenizer: str | None = None
     """A directory or a hub id. Default: the checkpoint's, or the project's character tokenizer."""
 
@@ -54,6 +57,8 @@ class ModelConfig(Section):
             raise _wrong("", "give exactly one of `config` (random weights) and `checkpoint` (saved weights)")
         if self.family == "hf" and self.precision not in (None, "fp32"):
             raise _wrong("precision", f"{self.precision} is for family deepseek_v4; for family hf leave it out")
+        if self.family == "hf" and self.kernels is not None:
+            raise _wrong("kernels", "is for family deepseek_v4; a model of family hf brings its own")
         if self.family == "hf" and isinstance(self.config, str):
             raise _wrong(
                 "config", f"the preset {self.config!r} is one of family deepseek_v4; for family hf give a mapping"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,8 +31,15 @@ def main() -> None:
     atomic_write(arguments.output / "results.json", json.dumps(results, indent=2) + "\n")
     show(results)
     print(f"{arguments.output / 'results.json'} · {results['wall_seconds']:.0f} s")
+    code = gpu_part(arguments.quick, arguments.output) if Path("/dev/nvidiactl").exists() else 0
     sys.stdout.flush()
-    os._exit(0)  # vLLM's own clean-up at exit waits for processes that were never started
+    os._exit(code)  # vLLM's own clean-up at exit waits for processes that were never started
+
+
+def gpu_part(quick: bool, output: Path) -> int:
+    """The Triton kernels on the machine's GPU: gpu.json beside results.json. Returns the exit code."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(output / "gpu.json")]
+    return subprocess.run([*command, *(["--quick"] if quick else [])], check=False).returncode
 
 
 def run(quick: bool) -> dict[str, Any]:

@@ -33,7 +33,6 @@ __all__ = [
     "Divergence",
     "TeacherReport",
     "TeacherRows",
-    "compare",
     "divergence",
     "forward_kl",
     "jsd",
@@ -41,9 +40,6 @@ __all__ = [
     "reverse_kl",
     "vocabulary_mismatch",
 ]
-
-TOKEN_TILE = 1024
-VOCABULARY_TILE = 8192
 
 
 def divergence(
@@ -184,35 +180,3 @@ def _term(
         teacher_entropy=found.teacher_entropy_N.mean().item(),
     )
     return report, found.student_gradient_NH, found.head_gradient_VH
-
-
-def compare(
-    student_NH: Tensor, student_head_VH: Tensor, teacher_NG: Tensor, teacher_head_VG: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Whether both prefer the same token, and the teacher's entropy; two tensors of shape [N]. Works in tiles."""
-    same, entropies = [], []
-    for start in range(0, student_NH.size(0), TOKEN_TILE):
-        tile = slice(start, start + TOKEN_TILE)
-        student_top, _ = _summary(student_NH[tile], student_head_VH)
-        teacher_top, entropy = _summary(teacher_NG[tile], teacher_head_VG)
-        same.append(student_top == teacher_top)
-        entropies.append(entropy)
-    return torch.cat(same), torch.cat(entropies)
-
-
-def _summary(hidden_NH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
-    """Most likely token (the lowest on a tie) and entropy of each position, by an online softmax over tiles."""
-    best_N = hidden_NH.new_full((hidden_NH.size(0),), -torch.inf)
-    token_N = torch.zeros(hidden_NH.size(0), dtype=torch.long, device=hidden_NH.device)
-    mass_N, weighted_N = torch.zeros_like(best_N), torch.zeros_like(best_N)
-    for start in range(0, head_VH.size(0), VOCABULARY_TILE):
-        logits_NV = hidden_NH @ head_VH[start : start + VOCABULARY_TILE].T
-        top_N, index_N = logits_NV.max(dim=-1)
-        token_N = torch.where(top_N > best_N, index_N + start, token_N)
-        new_best_N = torch.maximum(best_N, top_N)
-        rescale_N = torch.exp(best_N - new_best_N)
-        exponentials_NV = torch.exp(logits_NV - new_best_N[:, None])
-        mass_N = mass_N * rescale_N + exponentials_NV.sum(dim=-1)
-        weighted_N = weighted_N * rescale_N + (exponentials_NV * logits_NV).sum(dim=-1)
-        best_N = new_best_N
-    return token_N, best_N + torch.log(mass_N) - weighted_N / mass_N

@@ -205,6 +205,11 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
     if current_platform.is_cpu():
         arguments["worker_cls"] = "rollouts.cpu_worker.SeedSafeCPUWorker"
+    else:
+        # The caches' size is given; this only says how much must be free at the start, beside a trainer perhaps.
+        arguments["gpu_memory_utilization"] = 0.05
+        # It would try kernels that our model does not call.
+        arguments["enable_flashinfer_autotune"] = False
     return arguments
 
 

@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.errors import BadInput
 from posttrain.files import atomic_directory
-from posttrain.recipe.schema import RolloutConfig
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import RolloutConfig
 
 EngineKind = Literal["native", "vllm"]
 """`native`: our V4 on our op table inside vLLM (the plugin). `vllm`: an implementation of vLLM's own."""
@@ -116,6 +118,8 @@ def engine_environment(threads: int, kernels: str | None = None) -> dict[str, st
         "OMP_NUM_THREADS": str(threads),
         # The engine lives in the actor's own process: one process instead of three, and tensors can be handed over.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # The runner that vLLM has for CPUs and GPUs alike; the other one samples by kernels of its own.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
         # Otherwise the first request with log-probabilities waits for a C++ compiler, and fails where there is none.
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),

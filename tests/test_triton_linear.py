@@ -60,10 +60,10 @@ def test_every_tile_and_both_ways_of_loading_give_the_same_bits(dtype: torch.dty
     table = linear.SINGLE if dtype is torch.float32 else linear.NARROW
     rows, inner = (300, 4096) if NATIVE else (70, 192)
     x, weight = normal(rows, 2, inner).to(dtype), normal(2, 50, inner).to(dtype)
-    expected = linear.product(x, weight, table["large"], descriptors=False)
+    expected = linear.product(x, weight, table["large"]._replace(descriptors=False))
     assert_close(expected, oracle.grouped_linear(x.double(), weight.double()), 2e-2, "product")
     for descriptors in (False, True):
-        assert torch.equal(linear.product(x, weight, table[name], descriptors), expected)
+        assert torch.equal(linear.product(x, weight, table[name]._replace(descriptors=descriptors)), expected)
 
 
 def rows_of(x: Tensor, weight: Tensor, start: int, count: int) -> Tensor:
@@ -133,3 +133,9 @@ def test_mixed_dtypes_are_named() -> None:
         kernels.linear(normal(2, 4).bfloat16(), normal(3, 4))
     with pytest.raises(ValueError, match=r"grouped_linear: weight is torch.bfloat16 on .*; expected torch.float32 on"):
         kernels.grouped_linear(normal(2, 1, 4), normal(1, 3, 4).bfloat16())
+
+
+def test_constants_in_another_order_than_the_kernels_are_refused() -> None:
+    """Later launches pass them by place."""
+    with pytest.raises(ValueError, match=r"launch: constants are .*BLOCK_N.*; expected"):
+        linear.launch((1, 1, 1), "key", (), {"BLOCK_N": 1, "BLOCK_M": 1})

@@ -11,6 +11,7 @@ from torch import Tensor
 from posttrain import kernels
 from posttrain.kernels.moe import oracle
 from posttrain.kernels.moe import triton as moe
+from posttrain.kernels.moe.triton_plan import make_plan
 from posttrain.kernels.moe.triton_route import router_logits
 from tests.triton_kit import DEVICE, assert_agrees, assert_close, normal, running
 
@@ -67,6 +68,21 @@ def test_experts_agree_where_one_has_more_rows_than_a_tile_and_others_have_none(
 def test_experts_agree_at_sizes_that_the_copy_engine_reads() -> None:
     torch.manual_seed(0)
     agree(70, choose(70, 2, 3), (3, 128, 64), 10.0, torch.bfloat16)
+
+
+def test_a_plan_orders_slots_by_expert_and_then_by_number() -> None:
+    torch.manual_seed(0)
+    chosen = torch.randint(-2, 8, (150, 3)).to(DEVICE)  # of 5 experts: some do not exist
+    plan = make_plan(chosen, 5, "large", 64)
+    numbers, order = chosen.flatten().clamp(-1, 5).sort(stable=True)
+    assert torch.equal(plan.order_S, order.int())
+    starts = torch.searchsorted(numbers, torch.arange(6, device=DEVICE))
+    assert torch.equal(plan.starts_F, starts.int())
+    tiles = (starts.diff() + 63) // 64
+    assert torch.equal(plan.tile_starts_F[1:], tiles.cumsum(0).int())
+    used = torch.arange(5, device=DEVICE).repeat_interleave(tiles).int()
+    assert torch.equal(plan.tile_experts_N[: len(used)], used)
+    assert (plan.tile_experts_N[len(used) :] == 5).all()
 
 
 def test_an_expert_without_rows_has_a_gradient_of_zeros() -> None:

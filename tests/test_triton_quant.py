@@ -59,6 +59,32 @@ def test_fp8_activations(seed: int, style: str, dtype: torch.dtype, rows: int, c
     assert_oracles(lambda: op.dequantize_fp8(values, scales, "activation", dtype))
 
 
+@examples
+@given(seeds, st.integers(1, 2), st.integers(1, 150), st.integers(1, 6), st.integers(0, 14), st.booleans())
+def test_fp4_in_fp8(seed: int, matrices: int, rows: int, groups: int, span: int, zeros: bool) -> None:
+    torch.manual_seed(seed)
+    packed = torch.randint(0, 256, (matrices, rows, 16 * groups), dtype=torch.uint8)
+    scales = torch.randint(0, 241, ()) + torch.randint(0, span + 1, (matrices, rows, groups))
+    if zeros:  # groups of zeros do not count, whatever their scales
+        empty = torch.rand(matrices, rows, groups) < 0.3
+        packed = packed.unflatten(-1, (groups, 16)).masked_fill(empty.unsqueeze(-1), 0x80).flatten(-2)
+        scales = torch.where(empty, torch.randint(0, 255, scales.shape), scales)
+    assert_oracles(lambda: op.mxfp4_to_fp8(packed.to(DEVICE), scales.to(torch.uint8).to(DEVICE)))
+
+
+def test_fp4_that_fp8_cannot_hold_is_refused_with_its_block() -> None:
+    packed = torch.full((2, 256, 128), 0x11, dtype=torch.uint8, device=DEVICE)
+    scales = torch.full((2, 256, 8), 127, dtype=torch.uint8, device=DEVICE)
+    with running("triton"):
+        for far in (112, 0):
+            scales[1, 200, 7] = far
+            with pytest.raises(ValueError, match=r"1 of 8 128 × 128 blocks.* the first at \(1, 1, 1\)"):
+                op.mxfp4_to_fp8(packed, scales)
+        scales[1, 200, 7] = 255
+        with pytest.raises(ValueError, match="mxfp4_to_fp8: got an infinity or a NaN"):
+            op.mxfp4_to_fp8(packed, scales)
+
+
 def test_every_code_and_every_scale_is_read_as_the_oracle_reads_it() -> None:
     packed = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 16, 16).repeat(255, 1, 1)
     scales = torch.arange(255, dtype=torch.uint8, device=DEVICE).view(255, 1, 1).repeat(1, 16, 1)

@@ -1,6 +1,6 @@
 """Sparse attention at V4-Flash's shapes: window 128 and top-k 512, 64 heads of 512, bf16.
 
-python -m benchmarks.gpu.attention [--quick]
+python -m benchmarks.gpu.attention [--quick | --variants]
 """
 
 from __future__ import annotations
@@ -176,23 +176,27 @@ def set_to(module: Any, name: str, value: object) -> Iterator[None]:
 
 def variants(tokens: int) -> dict[str, float]:
     """Seconds with other tiles than those in use: what to look at when Triton or the GPU changes."""
-    ahead, back = dataclasses.replace(forward.NARROW), dataclasses.replace(backward.NARROW)
+    copies, split = forward.NARROW, backward.NARROW
+    ahead = dataclasses.replace(copies, ahead=True)
+    back = dataclasses.replace(split, entries_for_tokens=64)
     trials: dict[str, tuple[Any, str, object]] = {
-        "forward": (forward, "NARROW", ahead),
-        "forward, chain not hidden": (forward, "HIDE_CHAIN", False),
-        "forward, 3 stages": (forward, "NARROW", dataclasses.replace(ahead, stages=3)),
-        "forward, 64 entries, 3 stages": (forward, "NARROW", dataclasses.replace(ahead, entries=64, stages=3)),
-        "backward": (backward, "NARROW", back),
-        "backward, 64 entries": (backward, "NARROW", dataclasses.replace(back, entries=64)),
-        "backward, registers unbounded": (backward, "NARROW", dataclasses.replace(back, registers=None)),
-        "backward, 2 stages": (backward, "NARROW", dataclasses.replace(back, stages=2)),
-        "backward, 4 stages": (backward, "NARROW", dataclasses.replace(back, stages=4)),
-        "backward, 64 entries for queries": (
-            *(backward, "NARROW"),
-            dataclasses.replace(back, entries_for_queries=64, stages_for_queries=3),
+        "forward, ahead": (forward, "NARROW", ahead),
+        "forward, ahead, 32 entries": (forward, "NARROW", dataclasses.replace(ahead, entries=32)),
+        "forward, ahead, 16 warps": (forward, "NARROW", dataclasses.replace(ahead, warps=16)),
+        "forward": (forward, "NARROW", copies),
+        "forward, 16 warps": (forward, "NARROW", dataclasses.replace(copies, warps=16)),
+        "forward, 32 entries, 5 stages": (
+            *(forward, "NARROW"),
+            dataclasses.replace(copies, entries=32, stages=5),
         ),
-        "backward, 5 stages for queries": (backward, "NARROW", dataclasses.replace(back, stages_for_queries=5)),
+        "backward, whole tokens": (backward, "NARROW", back),
+        "backward, whole tokens, 16 warps": (backward, "NARROW", dataclasses.replace(back, warps=16)),
         "backward, chunks of 4 GiB": (backward, "CHUNK_BYTES", 2**32),
+        "backward": (backward, "NARROW", split),
+        "backward, 64 for queries": (
+            *(backward, "NARROW"),
+            dataclasses.replace(split, entries_for_queries=64, stages_for_queries=3),
+        ),
     }
     q, sources, sink = prefill(tokens)
     inputs = [q, *(store for store, _ in sources), sink]
@@ -263,4 +267,5 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(quick="--quick" in sys.argv), indent=2))
+    found = variants(8192) if "--variants" in sys.argv else measure(quick="--quick" in sys.argv)
+    print(json.dumps(found, indent=2))

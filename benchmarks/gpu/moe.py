@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.timing import copy_ceiling, matmul_ceiling, peak_bytes, seconds
 from posttrain import kernels
@@ -106,6 +107,54 @@ def stages(inputs: Inputs) -> dict[str, dict[str, float]]:
     return results
 
 
+def variants(inputs: Inputs) -> dict[str, float]:
+    """Milliseconds of products with other tiles than the chosen ones, which `stages` measures."""
+    x, chosen, _, w13, w2 = inputs
+    plan = make_plan(chosen, EXPERTS, "large", moe.ROWS["large"])
+    act, hidden = moe.gate_up(x, w13, plan, LIMIT, True)
+    calls: dict[str, Callable[[], object]] = {
+        "gate_up": lambda: moe.gate_up(x, w13, plan, LIMIT, False),
+        "multiply": lambda: moe.multiply(act, w2, True, plan, slice(0, HIDDEN)),
+        "dw2": lambda: moe.weight_gradient(x, act, plan, (True, False)),
+        "dw13": lambda: moe.weight_gradient(hidden, x, plan, (False, True)),
+    }
+    forward = {
+        "gate_up": [moe.Tiles(128, 64, 8, 4, turns) for turns in (1, 2, 4)] + [moe.Tiles(128, 128, 8, 2, 2)],
+        "multiply": [moe.Tiles(256, 64, 8, 4, turns) for turns in (1, 2, 4)] + [moe.Tiles(256, 128, 8, 2, 2)],
+    }
+    backward = [
+        (128, moe.Tiles(256, 64, 8, 5, 16)),
+        (256, moe.Tiles(128, 64, 8, 5, 8)),
+        (128, moe.Tiles(256, 32, 8, 7, 8)),
+        (128, moe.Tiles(128, 64, 8, 3, 8)),
+        (128, moe.Tiles(128, 64, 4, 3, 8)),
+        (128, moe.Tiles(128, 32, 8, 5, 8)),
+        (128, moe.Tiles(128, 64, 8, 3, 1)),
+    ]
+    results = {}
+
+    def note(name: str, rows: int, tiles: moe.Tiles) -> None:
+        shape = f"{rows}x{tiles.columns}x{tiles.inner}, {tiles.warps} warps, {tiles.stages} stages, {tiles.turns} turns"
+        try:
+            results[f"{name} {shape}"] = seconds(calls[name], repeats=5, warm_up=1) * 1e3
+        except OutOfResources:
+            results[f"{name} {shape}"] = float("nan")
+
+    for name, choices in forward.items():
+        kept = moe.TILES[name, "large"]
+        for tiles in choices:
+            moe.TILES[name, "large"] = tiles
+            note(name, moe.ROWS["large"], tiles)
+        moe.TILES[name, "large"] = kept
+    kept_both = moe.WEIGHT_TILES[2]
+    for number, (rows, tiles) in enumerate(backward):
+        moe.WEIGHT_TILES[2] = rows, tiles
+        for name in ("dw13", "dw2") if number == 3 else ("dw13",):
+            note(name, rows, tiles)
+    moe.WEIGHT_TILES[2] = kept_both
+    return results
+
+
 def router(inputs: Inputs) -> dict[str, float]:
     """Milliseconds of the router, forward, with a bf16 and with an fp32 weight."""
     x, bias = inputs[0], torch.zeros(EXPERTS, device="cuda")
@@ -142,7 +191,8 @@ def measure(quick: bool) -> dict[str, Any]:
     inputs = make_inputs(8192, w13, w2)
     with torch.no_grad():
         results["difference from peer"] = float((ours(*inputs) - peer(*inputs)).abs().max() / peer(*inputs).abs().max())
-        results["stages"], results["router_ms"], results["shared_ms"] = stages(inputs), router(inputs), shared(inputs)
+        results["stages"], results["variants_ms"] = stages(inputs), variants(inputs)
+        results["router_ms"], results["shared_ms"] = router(inputs), shared(inputs)
         for tokens in (64, 256):
             inputs = make_inputs(tokens, w13, w2)
             results[f"decode {tokens}"] = {

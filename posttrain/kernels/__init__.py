@@ -22,7 +22,7 @@ from posttrain.kernels.compress.op import compress
 from posttrain.kernels.indexer.candidates import Candidates
 from posttrain.kernels.indexer.op import index_divergence, index_scores, index_topk, topk_stable
 from posttrain.kernels.linear.op import grouped_linear, linear
-from posttrain.kernels.mhc.op import mhc_head, mhc_post, mhc_pre
+from posttrain.kernels.mhc.op import mhc_head, mhc_post, mhc_pre, mhc_site
 from posttrain.kernels.moe.op import moe_experts, route_hash, route_topk, swiglu_mlp
 from posttrain.kernels.norm.op import rms_norm
 from posttrain.kernels.rope.op import apply_rope
@@ -44,6 +44,7 @@ __all__ = [
     "mhc_head",
     "mhc_post",
     "mhc_pre",
+    "mhc_site",
     "moe_experts",
     "rms_norm",
     "route_hash",

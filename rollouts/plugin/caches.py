@@ -7,6 +7,10 @@ what lets chunked prefill, prefix caching and preemption work unchanged.
 
 All recent rows of a model have one width: vLLM 0.32 loses layers of a sliding-window group whose pages differ in
 size (`vllm.v1.core.kv_cache_utils._get_packed_kv_cache_groups` splits such a bucket with `zip`).
+
+On a GPU all rows are in the model's dtype. That loses nothing: KV, entries, keys and the compressors' states are
+results of operations in that dtype, the states too, which are widened to fp32 only afterwards. On the CPU they are
+fp32, which its kernels compute in.
 """
 
 from __future__ import annotations
@@ -16,16 +20,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
-from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowMLASpec
 
 from posttrain.models.deepseek_v4.presets import SLIDING, SPARSE
+from rollouts.plugin import compat
 
 
 @dataclass
@@ -33,11 +38,18 @@ class PagedMetadata:
     """What a cache group knows of a batch: the requests' lengths and the pages they own."""
 
     query_start_R: Tensor
-    """int64 `[R + 1]`, on the CPU: first new token of each request, and the total."""
-    seq_lens_R: Tensor
+    """int64 `[R + 1]`: first new token of each request, and the total."""
+    counts_R: np.ndarray
+    """New tokens of each request; on the host, like the lengths: nothing need wait for the GPU."""
+    seq_lens_R: np.ndarray
+    """Tokens of each request, the new ones included."""
     block_table_RB: Tensor
-    slot_mapping_T: Tensor
     block_size: int
+
+    @property
+    def scheduled(self) -> int:
+        """New tokens of all requests."""
+        return int(self.counts_R.sum())
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
@@ -52,16 +64,19 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
     ) -> PagedMetadata:
         """Keep references to what vLLM prepared for this group."""
         common = common_attn_metadata
+        lengths = common.seq_lens_cpu_upper_bound  # the lengths themselves, as there is no speculative decoding
+        if lengths is None:  # not in a step of the engine: only vLLM's own trial runs leave it out
+            lengths = common.seq_lens.cpu()
         return PagedMetadata(
-            query_start_R=common.query_start_loc_cpu.long(),
-            seq_lens_R=common.seq_lens.long(),
+            query_start_R=common.query_start_loc.long(),
+            counts_R=np.diff(common.query_start_loc_cpu.numpy().astype(np.int64)),
+            seq_lens_R=lengths.numpy().astype(np.int64),
             block_table_RB=common.block_table_tensor.long(),
-            slot_mapping_T=common.slot_mapping.long(),
             block_size=self.block_size,
         )
 
 
-class PagedBackend(AttentionBackend):
+class PagedBackend(compat.CacheShape, AttentionBackend):
     """Says how our caches are laid out; the attention itself is the op table's."""
 
     accept_output_buffer = True
@@ -86,11 +101,6 @@ class PagedBackend(AttentionBackend):
     def get_supported_head_sizes(cls) -> list[int]:
         return []
 
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Pages of all layers side by side in a block: the only layout for pages of different sizes."""
-        return (KVCacheLayout.BLHNC,)
-
 
 class CacheLayer(nn.Module, AttentionLayerBase):
     """One cache. `rows` is its memory as `[row, width]`, whatever else vLLM packs between its pages.
@@ -99,14 +109,21 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         name: unique in the engine.
         columns: what a row holds, in order: names and widths.
         tokens_per_row: 1, or the compression rate.
-        spec: the fields of the vLLM spec that all caches of the model share.
+        window: tokens that a row is kept for; None: all.
+        spec: further fields of the vLLM spec.
     """
 
     def __init__(
-        self, name: str, columns: dict[str, int], width: int, tokens_per_row: int, spec: dict[str, Any]
+        self,
+        name: str,
+        columns: dict[str, int],
+        width: int,
+        tokens_per_row: int,
+        window: int | None,
+        spec: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.name, self.width, self.tokens_per_row, self.spec = name, width, tokens_per_row, spec
+        self.name, self.width, self.tokens_per_row, self.window, self.spec = name, width, tokens_per_row, window, spec
         ends = list(itertools.accumulate(columns.values()))
         self.columns = {key: slice(end - size, end) for (key, size), end in zip(columns.items(), ends, strict=True)}
         self.rows = torch.empty(0, width)
@@ -122,29 +139,41 @@ class CacheLayer(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Full attention for compressed entries, a sliding window for the rest."""
-        shared = {key: value for key, value in self.spec.items() if key != "window"}
-        if self.tokens_per_row > 1:
-            return MLAAttentionSpec(head_size=self.width, tokens_per_state=self.tokens_per_row, **shared)
-        return SlidingWindowMLASpec(head_size=self.width, sliding_window=self.spec["window"], **shared)
+        if self.window is None:
+            return compat.entries_spec(self.tokens_per_row, head_size=self.width, **self.spec)
+        return SlidingWindowMLASpec(head_size=self.width, sliding_window=self.window, **self.spec)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the pages `[blocks, 1, rows, width]`; the distance between pages is a whole number of rows."""
-        pages = kv_cache.squeeze(1)
+        """Take the pages; the distance between pages is a whole number of rows."""
+        pages = compat.pages(kv_cache)
         if pages.stride(-1) != 1 or pages.stride(-2) != self.width or pages.stride(0) % self.width:
             raise ValueError(f"cache {self.name}: unexpected strides {pages.stride()} for rows of {self.width}")
         self.rows_per_block = pages.stride(0) // self.width
         count = (pages.shape[0] - 1) * self.rows_per_block + pages.shape[1]
         self.rows = pages.as_strided((count, self.width), (self.width, 1))
 
+    @property
+    def kv_cache(self) -> Tensor:
+        """The rows. What vLLM assigns are pages (0.25.1), or nothing, when it ends."""
+        return self.rows
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: Tensor) -> None:
+        if kv_cache.numel():
+            self.bind_kv_cache(kv_cache)
+        else:
+            self.rows = self.rows[:0]
+
     def part(self, column: str) -> Tensor:
         """The cache's column as a store `[rows, size]` (a view)."""
         return self.rows[:, self.columns[column]]
 
 
-def cache_layers(config: DeepseekV4Config) -> nn.ModuleDict:
-    """All caches of a model, keyed `<layer>/recent` and `<layer>/entries`."""
+def cache_layers(config: DeepseekV4Config, dtype: torch.dtype) -> nn.ModuleDict:
+    """All caches of a model, keyed `<layer>/recent` and `<layer>/entries`, with rows in `dtype`."""
     recent: dict[int, dict[str, int]] = {}
     entries: dict[int, dict[str, int]] = {}
+    rate_of = {kind: config.compress_rates[kind] for kind in set(config.layer_types) - {SLIDING}}
     for layer, kind in enumerate(config.layer_types):
         name = f"layers.{layer}.attn"
         recent[layer] = {name: config.head_dim}
@@ -155,22 +184,25 @@ def cache_layers(config: DeepseekV4Config) -> nn.ModuleDict:
         recent[layer] |= {key: 2 * series * size for key, size in compressors.items()}
         if compressors:
             entries[layer] = compressors
-    rates = {kind: config.compress_rates[kind] for kind in set(config.layer_types) - {SLIDING}}
-    reach = max([rate * (2 if kind == SPARSE else 1) for kind, rate in rates.items()], default=1)
+    reach = max([rate * (2 if kind == SPARSE else 1) for kind, rate in rate_of.items()], default=1)
     recent_width = max(sum(columns.values()) for columns in recent.values())
-    widths = {recent_width} | {sum(columns.values()) for columns in entries.values()}
-    spec = {
-        "block_size": math.lcm(16, *rates.values()),
-        "num_kv_heads": 1,
-        "dtype": torch.float32,
-        # Every row width divides the distance between pages, so that rows can be numbered through.
-        "alignment": math.lcm(*(4 * width for width in widths)),
-        "window": max(config.sliding_window, reach),
-    }
+    widths = {layer: sum(columns.values()) for layer, columns in entries.items()}
+    rates = {layer: rate_of[config.layer_types[layer]] for layer in entries}
+
+    def largest_page(block: int) -> int:
+        return max((block // rates[layer] * widths[layer] * dtype.itemsize for layer in entries), default=0)
+
+    unit = math.lcm(16, *rate_of.values())
+    entries_block, recent_block = compat.block_sizes(unit, largest_page, recent_width * dtype.itemsize)
+    # Every row width divides the distance between pages, so that rows can be numbered through.
+    alignment = math.lcm(*(dtype.itemsize * width for width in {recent_width, *widths.values()}))
+    spec = {"num_kv_heads": 1, "dtype": dtype, "alignment": alignment}
+    window = max(config.sliding_window, reach)
     caches: dict[str, nn.Module] = {}
-    for layer, kind in enumerate(config.layer_types):
-        caches[f"{layer}/recent"] = CacheLayer(f"layers.{layer}.recent", recent[layer], recent_width, 1, spec)
+    for layer in recent:
+        own = recent[layer], recent_width, 1, window, {**spec, "block_size": recent_block}
+        caches[f"{layer}/recent"] = CacheLayer(f"layers.{layer}.recent", *own)
         if layer in entries:
-            width = sum(entries[layer].values())
-            caches[f"{layer}/entries"] = CacheLayer(f"layers.{layer}.entries", entries[layer], width, rates[kind], spec)
+            own = entries[layer], widths[layer], rates[layer], None, {**spec, "block_size": entries_block}
+            caches[f"{layer}/entries"] = CacheLayer(f"layers.{layer}.entries", *own)
     return nn.ModuleDict(caches)

@@ -1,7 +1,11 @@
-"""The attention context of the rollout: earlier tokens come from vLLM's paged caches."""
+"""The attention context of the rollout: earlier tokens come from vLLM's paged caches.
+
+All sizes come from what vLLM knows on the host, so that no layer and no step waits for the GPU.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +27,15 @@ class PagedContext:
     def __init__(self, positions_T: Tensor, metadata: dict[str, PagedMetadata], caches: nn.ModuleDict) -> None:
         self.positions_T = positions_T
         self._metadata, self._caches = metadata, caches
-        any_group = next(iter(metadata.values()))
-        lengths_R = any_group.query_start_R.diff().to(positions_T.device)
-        self._request_T = torch.repeat_interleave(lengths_R, output_size=len(positions_T))
-        self._longest = int(any_group.seq_lens_R.max())
+        group = next(iter(metadata.values()))
+        self._request_T = torch.repeat_interleave(group.query_start_R.diff(), output_size=len(positions_T))
+        self._longest = int(group.seq_lens_R.max())
+        first_R = np.cumsum(group.counts_R) - group.counts_R
+        offset_R = group.seq_lens_R - group.counts_R - first_R
+        self._host_positions_T = np.arange(len(positions_T)) + np.repeat(offset_R, group.counts_R)
         self._ending_E: dict[int, Tensor] = {}
         self._memo: dict[tuple, Tensor] = {}
+        self._blocks: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
         self._candidates: dict[tuple, Candidates] = {}
 
     def _cache(self, name: str, kind: str) -> tuple[CacheLayer, tuple]:
@@ -54,14 +61,17 @@ class PagedContext:
     def _ending(self, rate: int) -> Tensor:
         """New tokens that complete a block."""
         if rate not in self._ending_E:
-            self._ending_E[rate] = ((self.positions_T + 1) % rate == 0).nonzero().squeeze(1)
+            ending_E = torch.from_numpy(np.flatnonzero((self._host_positions_T + 1) % rate == 0))
+            if self.positions_T.is_cuda:
+                ending_E = ending_E.pin_memory()
+            self._ending_E[rate] = ending_E.to(self.positions_T.device, non_blocking=True)
         return self._ending_E[rate]
 
     def window(self, name: str, kv_TD: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Write the new tokens' KV, and point at the last `width` tokens of each."""
         cache, key = self._cache(name, "recent")
         store = cache.part(name)
-        store[self._own(cache, key)] = kv_TD.float()
+        store[self._own(cache, key)] = kv_TD.to(store.dtype)
         memo = ("window", width, key)
         if memo not in self._memo:
             offsets_W = torch.arange(round_up(width), device=store.device) - (width - 1)
@@ -74,16 +84,17 @@ class PagedContext:
         """Write the new tokens' state, and gather the blocks that end in this call."""
         cache, key = self._cache(name, "recent")
         store = cache.part(name)
-        store[self._own(cache, key)] = state_TC
-        ending_E = self._ending(rate)
-        first_E = self.positions_T[ending_E] - (rate - 1)
-        position_EM = first_E.unsqueeze(1) + torch.arange(-rate if overlap else 0, rate, device=store.device)
-        memo = ("windows", rate, overlap, key)
-        if memo not in self._memo:
-            self._memo[memo] = self._rows(cache, position_EM, self._request_T[ending_E])
-        rows_EM = self._memo[memo]
+        store[self._own(cache, key)] = state_TC.to(store.dtype)
+        memo = (rate, overlap, key)
+        if memo not in self._blocks:
+            ending_E = self._ending(rate)
+            first_E = self.positions_T[ending_E] - (rate - 1)
+            position_EM = first_E.unsqueeze(1) + torch.arange(-rate if overlap else 0, rate, device=store.device)
+            rows_EM = self._rows(cache, position_EM, self._request_T[ending_E])
+            self._blocks[memo] = rows_EM, position_EM >= 0, first_E
+        rows_EM, valid_EM, first_E = self._blocks[memo]
         state_EMC = store.index_select(0, rows_EM.flatten()).view(*rows_EM.shape, store.shape[1])
-        return Windows(state_EMC, position_EM >= 0, first_E)
+        return Windows(state_EMC.to(state_TC.dtype), valid_EM, first_E)
 
     def entries(self, name: str, entries_ED: Tensor, rate: int) -> Tensor:
         """Write the new entries where their blocks belong; the store is the whole cache."""
@@ -93,7 +104,7 @@ class PagedContext:
         if memo not in self._memo:
             self._memo[memo] = self._rows(cache, self.positions_T[ending_E], self._request_T[ending_E])
         store = cache.part(name)
-        store[self._memo[memo]] = entries_ED.float()
+        store[self._memo[memo]] = entries_ED.to(store.dtype)
         return store
 
     def candidates(self, name: str, rate: int) -> Candidates:

@@ -18,12 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.attention import triton_backward
-from posttrain.kernels.attention.triton_parts import INTERPRETED, Entries, head_tile, product, row_width
+from posttrain.kernels.attention.triton_ahead import ahead_kernel
+from posttrain.kernels.attention.triton_parts import INTERPRETED, UNITS, Entries, head_tile, places, product, row_width
 from posttrain.kernels.compiled import differentiable
-
-UNITS = tl.constexpr(1.4426950408889634)
-"""log2(e): scores are kept in units of log 2."""
-
 
 MOST_CHANNELS = 512
 """A head's sums stay in registers."""
@@ -44,11 +41,14 @@ class Tiles:
     stages: int
     stages_wide: int
     """For stores in fp32 beside narrower queries."""
+    ahead: bool = False
+    """Whether `ahead_kernel` takes the place of `forward_kernel`; it has no stages."""
 
 
-# Five stages keep three blocks of 32 entries in shared memory: index rows are loaded two blocks ahead of the entries,
-# and those two blocks ahead of the products.
-NARROW = Tiles(entries=32, warps=8, stages=5, stages_wide=3)
+# A block's scores read all queries from shared memory, however few entries it has, and its steps wait for each other:
+# 64 entries at once rather than 32 in more stages. Measured, copies in shared memory beat entries that wait in
+# registers (`ahead`): docs/kernels/attention.md.
+NARROW = Tiles(entries=64, warps=8, stages=3, stages_wide=1)
 SINGLE = Tiles(entries=16, warps=4, stages=1, stages_wide=1)
 
 
@@ -128,7 +128,6 @@ def forward_kernel(
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * TILE + tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)
-    k = tl.arange(0, BLOCK)
     at = t * HEADS * DIM + h[:, None] * DIM + d[None, :]
     real = (h < HEADS)[:, None] & (d < DIM)[None, :]
     query = tl.load(q + at, mask=real, other=0.0)
@@ -143,12 +142,10 @@ def forward_kernel(
     end = start_b + tl.maximum(count_b, 0)
     rows += t * columns
     for start in tl.range(0, end, BLOCK, num_stages=STAGES):
-        first = start < start_b
-        inside = start + k < tl.where(first, count_a, end)
-        column = tl.where(first, start, start - start_b + columns_a)
-        row = tl.load(rows + column + k, mask=inside, other=0)
-        store = tl.where(first, store_a, store_b)
-        stride = tl.where(first, stride_a, stride_b)
+        column, inside = places(start, count_a, start_b, end, columns_a, BLOCK)
+        row = tl.load(rows + column, mask=inside, other=0)
+        store = tl.where(start < start_b, store_a, store_b)
+        stride = tl.where(start < start_b, stride_a, stride_b)
         entry_at = store + row.to(tl.int64)[:, None] * stride + d[None, :]
         entries = tl.load(entry_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0).to(query.dtype)
         weights = tl.zeros([TILE, BLOCK], query.dtype)
@@ -188,27 +185,21 @@ def attend(q_THD: Tensor, sink_H: Tensor, scale: float, entries: Entries) -> tup
     tiles = SINGLE if q_THD.dtype is torch.float32 else NARROW
     tile = head_tile(heads, q_THD.dtype)
     stages = tiles.stages_wide if entries.wide_for(q_THD) else tiles.stages
-    if q_THD.numel():
-        forward_kernel[(tokens, triton.cdiv(heads, tile))](
-            q_THD,
-            *entries.stores,
-            entries.rows_TK,
-            entries.counts_T2,
-            sink_H,
-            out_THD,
-            lse_TH,
-            *entries.strides,
-            entries.columns_a,
-            entries.rows_TK.shape[1],
-            float(scale),
-            HEADS=heads,
-            DIM=dim,
-            TILE=tile,
+    grid = tokens, triton.cdiv(heads, tile)
+    inputs = q_THD, *entries.stores, entries.rows_TK, entries.counts_T2, sink_H, out_THD, lse_TH
+    numbers = *entries.strides, entries.columns_a, entries.rows_TK.shape[1], float(scale)
+    shape = {"HEADS": heads, "DIM": dim, "TILE": tile, "BLOCK": tiles.entries, "WIDEN": INTERPRETED}
+    if not q_THD.numel():
+        return out_THD, lse_TH
+    if tiles.ahead:
+        ahead_kernel[grid](*inputs, *numbers, **shape, PIECE=max(16, row_width(dim) // 4), num_warps=tiles.warps)
+    else:
+        forward_kernel[grid](
+            *(*inputs, *numbers),
+            **shape,
             WIDTH=row_width(dim),
-            BLOCK=tiles.entries,
             STAGES=stages,
             HIDE_CHAIN=HIDE_CHAIN,
-            WIDEN=INTERPRETED,
             num_warps=tiles.warps,
             num_stages=stages,
         )

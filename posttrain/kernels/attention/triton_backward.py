@@ -8,6 +8,8 @@ Three passes over chunks of tokens, which bound the memory:
 3. For each row of a store: the sum of the rows of all tokens that read it, in the order of tokens. A stable sort of the
    index gives these lists.
 
+In narrow dtypes one program per token does the first two passes (`tokens_kernel`): its heads are read once.
+
 Counts of operations and bytes, and what else was considered: docs/kernels/attention.md.
 """
 
@@ -22,10 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.attention.triton_parts import INTERPRETED, Entries, head_tile, product, row_width
-
-UNITS = tl.constexpr(1.4426950408889634)
-"""log2(e)."""
+from posttrain.kernels.attention.triton_parts import INTERPRETED, UNITS, Entries, head_tile, product, row_width
+from posttrain.kernels.attention.triton_tokens import tokens_kernel
 
 CHUNK_BYTES = 3 * 2**29
 """Scratch for one chunk of tokens."""
@@ -51,10 +51,37 @@ class Tiles:
     """The same for stores in fp32 beside narrower queries."""
     registers: int | None
     """Limit for a thread of the first pass: with 128, two programs fit on a multiprocessor."""
+    entries_for_tokens: int | None
+    """Entries of one step of `tokens_kernel`, which then takes the place of the first two passes; None for neither."""
+
+    def whole_tokens(self, q_THD: Tensor, entries: Entries) -> bool:
+        """Whether a program takes all of a token: entries in fp32 beside narrow queries would not fit in registers."""
+        return self.entries_for_tokens is not None and not entries.wide_for(q_THD)
 
 
-NARROW = Tiles(128, 64, 32, warps=8, stages=3, stages_for_queries=7, stages_wide=5, registers=128)
-SINGLE = Tiles(32, 32, 16, warps=4, stages=1, stages_for_queries=1, stages_wide=1, registers=None)
+NARROW = Tiles(
+    *(128, 64, 32),
+    warps=8,
+    stages=3,
+    stages_for_queries=7,
+    stages_wide=5,
+    registers=128,
+    entries_for_tokens=None,  # measured: slower with 64, see docs/kernels/attention.md
+)
+SINGLE = Tiles(
+    *(32, 32, 16),
+    warps=4,
+    stages=1,
+    stages_for_queries=1,
+    stages_wide=1,
+    registers=None,
+    entries_for_tokens=None,
+)
+
+
+def tiles_for(dtype: torch.dtype) -> Tiles:
+    """Sizes for queries of this dtype."""
+    return SINGLE if dtype is torch.float32 else NARROW
 
 
 @triton.jit
@@ -211,15 +238,18 @@ def rows_kernel(
     """Adds to `sums[S, D]` (fp32) the parts `[N, TILES, D]` of each row's readers, `order[bounds[s]:bounds[s + 1]]`."""
     d = tl.arange(0, WIDTH)
     r = tl.arange(0, BLOCK)
-    begin = tl.program_id(0) * ROWS
+    # The last rows first: those of the second store have the most readers, and what begins last should end soon.
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     for s in range(begin, tl.minimum(begin + ROWS, size)):
         start = tl.load(bounds + s)
         end = tl.load(bounds + s + 1)
         if start < end:
             ours = tl.zeros([BLOCK, WIDTH], tl.float32)
+            following = tl.load(order + start + r, mask=start + r < end, other=0)
             for i in range(start, end, BLOCK):
                 inside = i + r < end
-                reader = tl.load(order + i + r, mask=inside, other=0)
+                reader = following
+                following = tl.load(order + i + BLOCK + r, mask=i + BLOCK + r < end, other=0)
                 for group in tl.static_range(TILES):
                     part_at = parts + (reader[:, None] * TILES + group) * DIM + d[None, :]
                     part = tl.load(part_at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
@@ -248,30 +278,66 @@ def readers(entries: Entries) -> tuple[Tensor, Tensor]:
 def chunk_tokens(tokens: int, columns: int, heads: int, dim: int, dtype: torch.dtype) -> int:
     """Tokens of one chunk, so that its scratch stays within `CHUNK_BYTES`."""
     tile = head_tile(heads, dtype)
-    tiles = triton.cdiv(heads, tile)
-    scratch = columns * (tiles * (tile + dim) * dtype.itemsize + 40)  # 40: sorting an entry's row number
+    kept = dim if tiles_for(dtype).entries_for_tokens else tile + dim
+    scratch = columns * (triton.cdiv(heads, tile) * kept * dtype.itemsize + 40)  # 40: sorting an entry's row number
     most = max(1, CHUNK_BYTES // max(scratch, 1))
     return math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
 
 
-def _chunk(
+def _token_pass(
     q_THD: Tensor,
+    out_THD: Tensor,
     dout_THD: Tensor,
     lse_TH: Tensor,
     delta_TH: Tensor,
     dq_THD: Tensor,
-    sums_SD: Tensor | None,
     scale: float,
     entries: Entries,
-) -> None:
-    """Writes `dq_THD`, and adds these tokens' part to the gradients of both stores."""
+    *,
+    for_stores: bool,
+) -> Tensor:
+    """Both passes of these tokens in one: writes `delta_TH` and `dq_THD`; returns the parts `[T, K, G, D]`."""
     tokens, heads, dim = q_THD.shape
     columns = entries.rows_TK.shape[1]
-    tiles = SINGLE if q_THD.dtype is torch.float32 else NARROW
-    tile = head_tile(heads, q_THD.dtype)
+    tiles, tile = tiles_for(q_THD.dtype), head_tile(heads, q_THD.dtype)
     groups = triton.cdiv(heads, tile)
+    parts = q_THD.new_empty(tokens, columns, groups, dim) if for_stores else dq_THD
+    tokens_kernel[(tokens, groups)](
+        *(q_THD, dout_THD, out_THD, *entries.stores, entries.rows_TK, entries.counts_T2, lse_TH, delta_TH, dq_THD),
+        *(parts, *entries.strides, entries.columns_a, columns, scale),
+        HEADS=heads,
+        DIM=dim,
+        TILE=tile,
+        TILES=groups,
+        PIECE=max(16, row_width(dim) // 4),
+        BLOCK=tiles.entries_for_tokens,
+        FOR_STORES=for_stores,
+        WIDEN=INTERPRETED,
+        num_warps=tiles.warps,
+    )
+    return parts
+
+
+def _entry_passes(
+    q_THD: Tensor,
+    out_THD: Tensor,
+    dout_THD: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    dq_THD: Tensor,
+    scale: float,
+    entries: Entries,
+    *,
+    for_stores: bool,
+) -> Tensor:
+    """The same in passes over entries and over tokens, which meet in memory."""
+    tokens, heads, dim = q_THD.shape
+    columns = entries.rows_TK.shape[1]
+    tiles, tile = tiles_for(q_THD.dtype), head_tile(heads, q_THD.dtype)
+    groups = triton.cdiv(heads, tile)
+    _deltas(out_THD, dout_THD, delta_TH)
     dscores = q_THD.new_empty(tokens, columns, groups * tile)
-    parts = q_THD.new_empty(tokens, columns, groups, dim) if sums_SD is not None else dscores
+    parts = q_THD.new_empty(tokens, columns, groups, dim) if for_stores else dscores
     sources = *entries.stores, entries.rows_TK, entries.counts_T2
     shape = {"HEADS": heads, "DIM": dim, "TILE": tile, "TILES": groups, "WIDEN": INTERPRETED}
     blocks_a = triton.cdiv(entries.columns_a, tiles.entries)
@@ -284,7 +350,7 @@ def _chunk(
             BLOCK=tiles.entries,
             CHUNK=min(tiles.channels, row_width(dim)),
             STAGES=tiles.stages,
-            FOR_STORES=sums_SD is not None,
+            FOR_STORES=for_stores,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             maxnreg=tiles.registers,
@@ -299,8 +365,15 @@ def _chunk(
         num_warps=tiles.warps,
         num_stages=stages,
     )
-    if sums_SD is not None and blocks:
-        _add_rows(parts, entries, sums_SD)
+    return parts
+
+
+def _deltas(out_THD: Tensor, dout_THD: Tensor, delta_TH: Tensor) -> None:
+    """Writes `delta_TH`."""
+    tokens, heads, dim = out_THD.shape
+    tile = min(16, triton.next_power_of_2(heads))
+    shape = {"HEADS": heads, "DIM": dim, "TILE": tile, "CHUNK": min(128, row_width(dim))}
+    delta_kernel[(tokens, triton.cdiv(heads, tile))](out_THD, dout_THD, delta_TH, **shape)
 
 
 def _add_rows(parts_TKGD: Tensor, entries: Entries, sums_SD: Tensor) -> None:
@@ -340,14 +413,17 @@ def gradients(
     sizes = [len(store) for store in entries.stores]
     sums_SD = q_THD.new_zeros(sum(sizes), dim, dtype=torch.float32) if for_stores and any(sizes) else None
     if q_THD.numel():
-        tile = min(16, triton.next_power_of_2(heads))
-        shape = {"HEADS": heads, "DIM": dim, "TILE": tile, "CHUNK": min(128, row_width(dim))}
-        delta_kernel[(tokens, triton.cdiv(heads, tile))](out_THD, dout_THD, delta_TH, **shape)
         step = chunk_tokens(tokens, entries.rows_TK.shape[1], heads, dim, q_THD.dtype)
+        whole = tiles_for(q_THD.dtype).whole_tokens(q_THD, entries)
+        passes = _token_pass if whole else _entry_passes
         for start in range(0, tokens, step):
             part = slice(start, min(start + step, tokens))
-            inputs = q_THD[part], dout_THD[part], lse_TH[part], delta_TH[part]
-            _chunk(*inputs, dq_THD[part], sums_SD, float(scale), entries.tokens(part))
+            mine = entries.tokens(part)
+            tensors = q_THD[part], out_THD[part], dout_THD[part], lse_TH[part], delta_TH[part], dq_THD[part]
+            parts_TKGD = passes(*tensors, float(scale), mine, for_stores=sums_SD is not None)
+            if sums_SD is not None and mine.rows_TK.shape[1]:
+                _add_rows(parts_TKGD, mine, sums_SD)
+            del parts_TKGD  # before the next chunk's
     sinks_TH = torch.exp2(sink_H.float() * UNITS.value - lse_TH)
     dsink_H = -(sinks_TH * delta_TH).sum(0).to(sink_H.dtype)
     if not for_stores:

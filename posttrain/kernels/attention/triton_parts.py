@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+UNITS = tl.constexpr(1.4426950408889634)
+"""log2(e): scores are kept in units of log 2."""
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """The interpreter multiplies bf16 as if its bits were integers; there, operands are widened first."""
 
@@ -62,3 +65,21 @@ def product(a, b, sums, WIDEN: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def places(start, count_a, start_b, end, columns_a, BLOCK: tl.constexpr):
+    """Columns of the block that begins at `start`, and which of them hold an entry."""
+    k = tl.arange(0, BLOCK)
+    first = start < start_b
+    return tl.where(first, start, start - start_b + columns_a) + k, start + k < tl.where(first, count_a, end)
+
+
+@triton.jit
+def read_piece(row_at, inside, c: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, dtype: tl.constexpr):
+    """Channels from `c` on of those rows that exist, else zeros."""
+    piece = tl.zeros([inside.shape[0], PIECE], dtype)
+    if c < DIM:
+        there = inside[:, None] & (tl.arange(0, PIECE) < DIM - c)[None, :]
+        piece = tl.load(row_at + c, mask=there, other=0.0).to(dtype)
+    return piece

@@ -3,6 +3,7 @@
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.compiled import differentiable
+from posttrain.kernels.launches import Launcher
 
 TILE = 4096
 """Numbers of a window in one program: 32 for each thread of four warps."""
@@ -34,12 +36,13 @@ def load_window(
     """Values and weights `[BLOCK_M, len(d)]` of an entry's channels; a member that is not there has weight 0."""
     m = tl.arange(0, BLOCK_M)
     there = tl.load(valid + entry * MEMBERS + m, mask=m < MEMBERS, other=0) != 0
-    inside = there[:, None] & (d < DIM)[None, :]
+    inside = (m < MEMBERS)[:, None] & (d < DIM)[None, :]  # what is not valid is read as well: so no load waits
     value = tl.load(kv + entry * kv_entry + m[:, None] * kv_member + d[None, :], mask=inside, other=0.0)
     score = tl.load(gate + entry * gate_entry + m[:, None] * gate_member + d[None, :], mask=inside, other=0.0)
     score = tl.where(there[:, None], score.to(tl.float32), float("-inf"))
     weight = tl.exp(score - tl.max(score, 0)[None, :])
-    return value.to(tl.float32), weight / tl.sum(weight, 0)[None, :]
+    value = tl.where(there[:, None], value.to(tl.float32), 0.0)
+    return value, weight / tl.sum(weight, 0)[None, :]
 
 
 @triton.jit(do_not_specialize_on_alignment=["valid"])
@@ -99,12 +102,16 @@ def backward_kernel(
     tl.store(dgate + at, (share * (value - middle[None, :])).to(dgate.dtype.element_ty), mask=inside)
 
 
-def _shape(members: int, dim: int) -> dict[str, int]:
-    """Tiles by the shape of a window alone: its sums are added up in the same order in every call."""
+forward, backward = Launcher(forward_kernel), Launcher(backward_kernel)
+
+
+@lru_cache
+def _shape(members: int, dim: int) -> tuple[dict[str, int], int]:
+    """Tiles and warps by the shape of a window alone: its sums are added up in the same order in every call."""
     block_m = triton.next_power_of_2(members)
     block_d = min(max(TILE // block_m, 16), triton.next_power_of_2(dim))
     warps = min(max(block_m * block_d // 1024, 4), 16)
-    return {"MEMBERS": members, "DIM": dim, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": warps}
+    return {"MEMBERS": members, "DIM": dim, "BLOCK_M": block_m, "BLOCK_D": block_d}, warps
 
 
 def _windows(tensor_EMD: Tensor) -> tuple[Tensor, int, int]:
@@ -132,11 +139,13 @@ class _Compress(torch.autograd.Function):
     def forward(ctx: Any, kv_EMD: Tensor, gate_EMD: Tensor, valid_EM: Tensor) -> Tensor:
         ctx.save_for_backward(kv_EMD, gate_EMD, valid_EM)
         entries, members, dim = kv_EMD.shape
-        out_ED, shape = kv_EMD.new_empty(entries, dim), _shape(members, dim)
+        out_ED = kv_EMD.new_empty(entries, dim)
         if out_ED.numel():
             tensors, strides = _inputs(kv_EMD, gate_EMD, valid_EM)
-            grid = entries, triton.cdiv(dim, shape["BLOCK_D"])
-            forward_kernel[grid](*tensors, out_ED, *strides, **shape)
+            constants, warps = _shape(members, dim)
+            key = kv_EMD.device, kv_EMD.dtype, gate_EMD.dtype, strides, members, dim
+            grid = entries, -(-dim // constants["BLOCK_D"]), 1
+            forward(grid, key, (*tensors, out_ED, *strides), constants, num_warps=warps)
         return out_ED
 
     @staticmethod
@@ -146,9 +155,13 @@ class _Compress(torch.autograd.Function):
         dkv_EMD, dgate_EMD = (one.new_empty(one.shape) for one in (kv_EMD, gate_EMD))
         if dkv_EMD.numel():
             tensors, strides = _inputs(kv_EMD, gate_EMD, valid_EM)
-            shape = _shape(members, dim)
-            grid = entries, triton.cdiv(dim, shape["BLOCK_D"])
-            backward_kernel[grid](*tensors, gradients[0].contiguous(), dkv_EMD, dgate_EMD, *strides, **shape)
+            gradient_ED = gradients[0].contiguous()
+            gradient_ED = gradient_ED if gradient_ED.data_ptr() % 16 == 0 else gradient_ED.clone()
+            constants, warps = _shape(members, dim)
+            key = kv_EMD.device, kv_EMD.dtype, gate_EMD.dtype, gradient_ED.dtype, strides, members, dim
+            grid = entries, -(-dim // constants["BLOCK_D"]), 1
+            arguments = *tensors, gradient_ED, dkv_EMD, dgate_EMD, *strides
+            backward(grid, key, arguments, constants, num_warps=warps)
         return dkv_EMD, dgate_EMD, None
 
 

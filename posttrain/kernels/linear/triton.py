@@ -11,8 +11,8 @@ Gradients are the vendor's products: deterministic for equal shapes, and nobody 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,9 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from posttrain.kernels.compiled import differentiable
-
-DESCRIPTORS = True
-"""Load tiles by Hopper's tensor copy engine where the shape allows it; plain loads give the same bits."""
+from posttrain.kernels.launches import Launcher
 
 BAND = 8
 """Tiles in a column that are computed before the next column begins: what they read stays in the L2 cache."""
@@ -32,8 +30,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """The interpreter multiplies bf16 as if its bits were integers; there, operands are widened first."""
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """A tile of outputs, `rows` by `outer`, and how it is computed.
 
     `inner` terms at a time, by one program for each tile or, if persistent, by one for each multiprocessor.
@@ -45,15 +42,21 @@ class Tiles:
     warps: int
     stages: int
     persistent: bool = False
+    descriptors: bool = True
+    """Load by Hopper's tensor copy engine where the shape allows it; plain loads give the same bits.
+
+    The engine wants each tensor described to it at each launch, which costs some 15 µs of Python."""
 
 
 # The inner step is the same for all tiles of a dtype; rows come in multiples of 64 for the narrow dtypes, so that all
 # tiles use the same instruction of Hopper's tensor cores (`wgmma`, 16 terms at once into one accumulator).
 NARROW = {
-    "decode": Tiles(64, 32, 64, warps=4, stages=8),
-    "decode, wide": Tiles(64, 64, 64, warps=4, stages=6),
-    "middle": Tiles(128, 64, 64, warps=4, stages=6),
     "large": Tiles(128, 256, 64, warps=8, stages=3, persistent=True),
+    "square": Tiles(128, 128, 64, warps=8, stages=3, descriptors=False),
+    "middle": Tiles(128, 64, 64, warps=4, stages=6, descriptors=False),
+    "decode, very wide": Tiles(64, 128, 64, warps=4, stages=4, descriptors=False),
+    "decode, wide": Tiles(64, 64, 64, warps=4, stages=6, descriptors=False),
+    "decode": Tiles(64, 32, 64, warps=4, stages=8, descriptors=False),
 }
 SINGLE = {
     "decode": Tiles(16, 16, 32, warps=2, stages=4),
@@ -64,19 +67,38 @@ MULTIPROCESSORS = 132
 """Of an H100. On another GPU the choice of tiles may be a slower one; the results are the same."""
 
 
-def tiles_for(rows: int, outer: int, groups: int, dtype: torch.dtype) -> Tiles:
-    """The largest tiles of which there are enough to keep the GPU busy. No choice changes a bit of the result."""
-    candidates: tuple[Tiles, ...]
-    if dtype is torch.float32:
-        candidates = (SINGLE["large"], SINGLE["middle"])
-        smallest = SINGLE["decode"]
-    else:
-        candidates = (NARROW["decode, wide"],) if rows <= 64 else (NARROW["large"], NARROW["middle"])
-        smallest = NARROW["decode"]
-    for tiles in candidates:
+CLOCK, SHARED = 1.7e9, 227 * 2**10
+"""Hz, and bytes of shared memory of a multiprocessor."""
+MEMORY_SPEED, CACHE_SPEED, LOAD_SPEED = 3e12, 9e12, 100e9
+"""Bytes a second: from memory and from the L2 cache, all together, and into one multiprocessor."""
+START = 1.5e-6
+"""Seconds until the first tiles have arrived, and from the last product to the end."""
+
+
+def estimate(tiles: Tiles, rows: int, inner: int, outer: int, groups: int) -> float:
+    """Seconds on an H100, for narrow dtypes: mostly the slowest of memory, cache, and the busiest multiprocessor."""
+    count = math.ceil(rows / tiles.rows) * math.ceil(outer / tiles.outer) * groups
+    loaded = 2.0 * inner * (min(tiles.rows, rows) + tiles.outer)
+    # Of a `wgmma` of 64 rows and 16 terms: products, or the operands' way from shared memory (128 bytes a cycle).
+    cycles = max(tiles.outer / 2, 16 + tiles.outer / 4) * tiles.rows / 64 * inner / 16
+    each = max(loaded / LOAD_SPEED, cycles / CLOCK)
+    busiest = math.ceil(count / MULTIPROCESSORS)
+    resident = max(SHARED // (2 * tiles.inner * (tiles.rows + tiles.outer) * tiles.stages), 1)
+    starts = 1 if tiles.persistent else math.ceil(busiest / resident)
+    memory = 2.0 * groups * (rows * inner + outer * inner + rows * outer) / MEMORY_SPEED
+    times = memory, count * loaded / CACHE_SPEED, busiest * each
+    return 0.75 * max(times) + 0.25 * sum(times) + starts * START  # they overlap, though never quite
+
+
+def tiles_for(rows: int, inner: int, outer: int, groups: int, dtype: torch.dtype) -> Tiles:
+    """Those that should be fastest; of fp32, the largest that keep the GPU busy. No choice changes a bit."""
+    if dtype is not torch.float32:
+        candidates = [tiles for tiles in NARROW.values() if rows > 64 or tiles.rows == 64]
+        return min(candidates, key=lambda tiles: estimate(tiles, rows, inner, outer, groups))
+    for tiles in (SINGLE["large"], SINGLE["middle"]):
         if math.ceil(rows / tiles.rows) * math.ceil(outer / tiles.outer) * groups >= 0.9 * MULTIPROCESSORS:
             return tiles
-    return smallest
+    return SINGLE["decode"]
 
 
 @triton.jit
@@ -140,35 +162,58 @@ def product_kernel(
         tl.store(out_at, sums.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < outer)[None, :])
 
 
-def product(x_TGI: Tensor, weight_GOI: Tensor, tiles: Tiles | None = None, descriptors: bool = DESCRIPTORS) -> Tensor:
-    """`[T, G, I]` by `[G, O, I]` to `[T, G, O]`, with these tiles or those that suit the shape."""
-    rows, groups, inner = x_TGI.shape
-    outer = weight_GOI.shape[1]
-    out_TGO = x_TGI.new_empty(rows, groups, outer)
-    if out_TGO.numel() == 0:
-        return out_TGO
-    x_TGI, weight_GOI = _aligned(x_TGI), _aligned(weight_GOI)
-    tiles = tiles or tiles_for(rows, outer, groups, x_TGI.dtype)
-    x, weight, described = x_TGI, weight_GOI, descriptors and _can_be_described(x_TGI, tiles)
-    if described:
-        x = TensorDescriptor.from_tensor(x_TGI.view(rows, groups * inner), [tiles.rows, tiles.inner])
-        weight = TensorDescriptor.from_tensor(weight_GOI.view(groups * outer, inner), [tiles.outer, tiles.inner])
+launch = Launcher(product_kernel)
+
+
+class Plan(NamedTuple):
+    """How a shape is computed: the tiles, their number, and what the kernel is compiled for."""
+
+    tiles: Tiles
+    described: bool
+    programs: int
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def plan(rows: int, groups: int, inner: int, outer: int, dtype: torch.dtype, tiles: Tiles | None) -> Plan:
+    """Cached: decode meets few shapes, and this would take longer than some of its products."""
+    tiles = tiles or tiles_for(rows, inner, outer, groups, dtype)
+    # The copy engine wants rows of multiples of 16 bytes; and no step may reach into the next group.
+    can_be = dtype.itemsize == 2 and inner % 8 == 0 and (groups == 1 or inner % tiles.inner == 0)
     count = math.ceil(rows / tiles.rows) * math.ceil(outer / tiles.outer) * groups
+    constants = {
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.outer,
+        "BLOCK_K": tiles.inner,
+        "BAND": BAND,
+        "EVEN": inner % tiles.inner == 0,
+        "FLATTEN": tiles.persistent,
+        "DESCRIPTORS": tiles.descriptors and can_be,
+        "WIDEN": INTERPRETED,
+    }
     programs = min(count, MULTIPROCESSORS) if tiles.persistent else count
-    product_kernel[(programs,)](
-        *(x, weight, out_TGO, rows, outer, inner, groups, programs),
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.outer,
-        BLOCK_K=tiles.inner,
-        BAND=BAND,
-        EVEN=inner % tiles.inner == 0,
-        FLATTEN=tiles.persistent,
-        DESCRIPTORS=described,
-        WIDEN=INTERPRETED,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    return out_TGO
+    return Plan(tiles, tiles.descriptors and can_be, programs, constants)
+
+
+def product(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Tensor:
+    """`[T, G, I]` by `[G, O, I]` to `[T, G, O]`, or all without G; with these tiles or those that suit the shape."""
+    rows, groups, inner = x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])
+    outer = weight.shape[-2]
+    out = x.new_empty((*x.shape[:-1], outer))
+    if out.numel() == 0:
+        return out
+    x, weight = _aligned(x), _aligned(weight)
+    tiles, described, programs, constants = plan(rows, groups, inner, outer, x.dtype, tiles)
+    key = x.device, x.dtype, groups, inner, outer, tiles
+    sources: tuple[Any, Any] = (x, weight)
+    if described:
+        sources = (
+            TensorDescriptor(x, [rows, groups * inner], [groups * inner, 1], [tiles.rows, tiles.inner]),
+            TensorDescriptor(weight, [groups * outer, inner], [inner, 1], [tiles.outer, tiles.inner]),
+        )
+    arguments = *sources, out, rows, outer, inner, groups, programs
+    launch((programs, 1, 1), key, arguments, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+    return out
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -177,41 +222,38 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _can_be_described(x_TGI: Tensor, tiles: Tiles) -> bool:
-    """The copy engine wants rows of multiples of 16 bytes; and no step may reach into the next group."""
-    _, groups, inner = x_TGI.shape
-    narrow = x_TGI.element_size() == 2
-    return narrow and inner % 8 == 0 and (groups == 1 or inner % tiles.inner == 0)
-
-
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TGI: Tensor, weight_GOI: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         by_x, by_weight = ctx.needs_input_grad or (False, False)
-        ctx.save_for_backward(x_TGI if by_weight else None, weight_GOI if by_x else None)
-        return product(x_TGI, weight_GOI)
+        ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TGI, weight_GOI = ctx.saved_tensors
-        gradient_TGO, dx_TGI, dweight_GOI = gradients[0], None, None
-        rows, groups, outer = gradient_TGO.shape
-        if weight_GOI is not None:
-            dx_TGI = weight_GOI.new_empty(rows, groups, weight_GOI.shape[2])
-        if x_TGI is not None:
-            dweight_GOI = x_TGI.new_empty(groups, outer, x_TGI.shape[2])
+        x, weight = ctx.saved_tensors
+        gradient, dx, dweight = gradients[0], None, None
+        if gradient.dim() == 2:
+            return (
+                None if weight is None else torch.mm(gradient, weight),
+                None if x is None else torch.mm(gradient.t(), x),
+            )
+        rows, groups, outer = gradient.shape
+        if weight is not None:
+            dx = weight.new_empty(rows, groups, weight.shape[2])
+        if x is not None:
+            dweight = x.new_empty(groups, outer, x.shape[2])
         for group in range(groups):
-            gradient_TO = gradient_TGO[:, group]
-            if dx_TGI is not None:
-                torch.mm(gradient_TO, weight_GOI[group], out=dx_TGI[:, group])
-            if dweight_GOI is not None:
-                torch.mm(gradient_TO.t(), x_TGI[:, group], out=dweight_GOI[group])
-        return dx_TGI, dweight_GOI
+            if dx is not None:
+                torch.mm(gradient[:, group], weight[group], out=dx[:, group])
+            if dweight is not None:
+                torch.mm(gradient[:, group].t(), x[:, group], out=dweight[group])
+        return dx, dweight
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """`[T, I]` by `[O, I]` to `[T, O]`, in the inputs' dtype, summed in fp32."""
-    return differentiable(_Product, x_TI.unsqueeze(1), weight_OI.unsqueeze(0)).squeeze(1)
+    return differentiable(_Product, x_TI, weight_OI)
 
 
 def grouped_linear(x_TGI: Tensor, weight_GOI: Tensor) -> Tensor:

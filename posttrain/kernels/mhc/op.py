@@ -83,19 +83,40 @@ def mhc_pre(
     Returns:
         input `[T, D]`, post `[T, n]` fp32, comb `[T, n, n]` fp32 (columns sum to 1).
     """
-    _, n, dim = expect("mhc_pre", "streams", streams_TND, "T", "n", "D")
-    width = (2 + n) * n
-    expect("mhc_pre", "fn", fn_MC, width, n * dim)
-    expect("mhc_pre", "base", base_M, width)
-    expect("mhc_pre", "scale", scale_3, 3)
+    _expect_site("mhc_pre", streams_TND, fn_MC, base_M, scale_3)
     if backend_of(streams_TND) == "triton":
-        constants = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
-        return triton.mhc_pre(streams_TND, fn_MC, base_M, scale_3, **constants)
+        return triton.mhc_site("mhc_pre", streams_TND, fn_MC, base_M, scale_3, iterations, eps, norm_eps)[:3]
     if has_kernels(streams_TND):
         inputs = dense(streams_TND), dense(fn_MC), dense(base_M), dense(scale_3)
         x_TD, post_TN, comb_TNN = differentiable(_Site, *inputs, iterations, eps, norm_eps)
         return narrow(x_TD, streams_TND), post_TN, comb_TNN
     return oracle.mhc_pre(streams_TND, fn_MC, base_M, scale_3, iterations=iterations, eps=eps, norm_eps=norm_eps)
+
+
+def mhc_site(
+    streams_TND: Tensor, fn_MC: Tensor, base_M: Tensor, scale_3: Tensor, *, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mhc_pre`, and the streams as `mhc_post` is to take them.
+
+    They are the same numbers in the same memory. On a GPU the gradient that `mhc_post` gives them goes through the
+    gradient of `mhc_pre`, which adds its own: autograd would read and write all streams once more for that sum.
+
+    Returns:
+        input, post and comb of `mhc_pre`, streams `[T, n, D]`.
+    """
+    _expect_site("mhc_site", streams_TND, fn_MC, base_M, scale_3)
+    if backend_of(streams_TND) == "triton":
+        return triton.mhc_site("mhc_site", streams_TND, fn_MC, base_M, scale_3, iterations, eps, norm_eps)
+    constants: dict[str, Any] = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+    return *mhc_pre(streams_TND, fn_MC, base_M, scale_3, **constants), streams_TND
+
+
+def _expect_site(op: str, streams_TND: Tensor, fn_MC: Tensor, base_M: Tensor, scale_3: Tensor) -> None:
+    _, n, dim = expect(op, "streams", streams_TND, "T", "n", "D")
+    width = (2 + n) * n
+    expect(op, "fn", fn_MC, width, n * dim)
+    expect(op, "base", base_M, width)
+    expect(op, "scale", scale_3, 3)
 
 
 def mhc_post(streams_TND: Tensor, out_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
@@ -121,7 +142,7 @@ def mhc_head(
     expect("mhc_head", "base", base_N, n)
     expect("mhc_head", "scale", scale_1, 1)
     if backend_of(streams_TND) == "triton":
-        return triton.mhc_head(streams_TND, fn_NC, base_N, scale_1, eps=eps, norm_eps=norm_eps)
+        return triton.mhc_site("mhc_head", streams_TND, fn_NC, base_N, scale_1, 1, eps, norm_eps)[0]
     if has_kernels(streams_TND):
         inputs = dense(streams_TND), dense(fn_NC), dense(base_N), dense(scale_1)
         return narrow(differentiable(_Site, *inputs, 0, eps, norm_eps)[0], streams_TND)

@@ -1,12 +1,13 @@
 """The small part of a mHC site on the GPU: a few dozen numbers for each token, Sinkhorn among them.
 
-Everything is stored with tokens last, and a program is one warp with one token in each lane: a token's `n · n` matrix
-lies in one thread's registers, and its row and column sums are that thread's own additions. Streams never come here.
+Everything is stored with tokens last, and a program has one token in each thread: a token's `n · n` matrix lies in one
+thread's registers, and its row and column sums are that thread's own additions. Streams never come here.
 For this layout the compiler must not know that rows are aligned (`do_not_specialize`): it would give four tokens to a
 thread, and every sum to four threads.
 
-Names: `mixes[P, T]` are the sums of channel · weight for the `WIDTH` rows of fn, then in row `WIDTH` the sum of
-squares; `N` streams, padded to `N2`; `padded` is the number of tokens that a row of a buffer has room for.
+Names: `mixes[WIDTH + 1 + N, T]` are the sums of channel · weight for the `WIDTH` rows of fn, then in row `WIDTH` the
+sum of squares, then the weights `pre`; `N` streams, padded to `N2`; `padded` is the number of tokens that a row of a
+buffer has room for.
 """
 # mypy: allow-incomplete-defs, allow-untyped-defs
 
@@ -22,11 +23,27 @@ def sigmoid(x):
 
 
 @triton.jit
-def sum_pieces(partials, row, token, padded, mask, PIECES: tl.constexpr, P: tl.constexpr):
-    """One row (or an array of rows) of the partial sums, added up from the first piece of channels to the last."""
-    sums = tl.load(partials + row * padded + token, mask=mask, other=0.0)
-    for piece in tl.static_range(1, PIECES):
-        sums += tl.load(partials + (piece * P + row) * padded + token, mask=mask, other=0.0)
+def sum_pieces(partials, row, token, padded, mask, PIECES: tl.constexpr, UNITS: tl.constexpr, P: tl.constexpr):
+    """One row (or an array of rows) of the partial sums, added up from the first piece of channels to the last.
+
+    Where `project` left a piece as `UNITS` sums, these are added up first, as it does itself elsewhere. Arrays take one
+    piece after the other, for fewer registers; single rows come all at once.
+    """
+    sums = sum_units(partials, 0, row, token, padded, mask, UNITS, P)
+    if len(token.shape) > 0:
+        for piece in range(1, PIECES):
+            sums += sum_units(partials, piece * UNITS, row, token, padded, mask, UNITS, P)
+    else:
+        for piece in tl.static_range(1, PIECES):
+            sums += sum_units(partials, piece * UNITS, row, token, padded, mask, UNITS, P)
+    return sums
+
+
+@triton.jit
+def sum_units(partials, first, row, token, padded, mask, UNITS: tl.constexpr, P: tl.constexpr):
+    sums = tl.load(partials + (first * P + row) * padded + token, mask=mask, other=0.0)
+    for unit in tl.static_range(1, UNITS):
+        sums += tl.load(partials + ((first + unit) * P + row) * padded + token, mask=mask, other=0.0)
     return sums
 
 
@@ -102,13 +119,13 @@ def sinkhorn_gradient(softmax, valid, gradient, eps, ITERATIONS: tl.constexpr, S
     return (gradient - tl.expand_dims(tl.sum(gradient * first, 0), 0)) * first_inverse
 
 
-@triton.jit(do_not_specialize=["tokens", "padded"])
-def site_kernel(
+@triton.jit
+def weigh(
+    token,
     partials,
     base,
     scale,
     mixes,
-    pre,
     post,
     comb,
     tokens,
@@ -117,32 +134,31 @@ def site_kernel(
     norm_eps,
     CHANNELS: tl.constexpr,
     PIECES: tl.constexpr,
+    UNITS: tl.constexpr,
     WIDTH: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     N2: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     ITERATIONS: tl.constexpr,
 ):
-    """From partial sums: `mixes[P, T]`, `pre[N, T]`, and unless this is the head `post[T, N]`, `comb[T, N, N]`.
+    """From partial sums: `mixes`, and unless this is the head `post[T, N]`, `comb[T, N, N]`, for these tokens.
 
     Tokens beyond the last get mixes of zero.
     """
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     stream = tl.arange(0, N2)
     valid, at = (stream < N)[:, None], stream[:, None]
     exists = valid & (token < tokens)[None, :]
-    squares = sum_pieces(partials, WIDTH, token, padded, token < tokens, PIECES, P)
+    squares = sum_pieces(partials, WIDTH, token, padded, token < tokens, PIECES, UNITS, P)
     tl.store(mixes + WIDTH * padded + token, squares)
     inverse = 1.0 / tl.sqrt(squares / CHANNELS + norm_eps)
 
-    raw = sum_pieces(partials, at, token[None, :], padded, exists, PIECES, P)
+    raw = sum_pieces(partials, at, token[None, :], padded, exists, PIECES, UNITS, P)
     tl.store(mixes + at * padded + token[None, :], raw, mask=valid)
     base_pre = tl.load(base + stream, mask=stream < N, other=0.0)
     weights = sigmoid(raw * inverse[None, :] * tl.load(scale) + base_pre[:, None]) + eps
-    tl.store(pre + at * padded + token[None, :], weights, mask=valid)
+    tl.store(mixes + (WIDTH + 1 + at) * padded + token[None, :], weights, mask=valid)
     if WIDTH > N:
-        raw = sum_pieces(partials, N + at, token[None, :], padded, exists, PIECES, P)
+        raw = sum_pieces(partials, N + at, token[None, :], padded, exists, PIECES, UNITS, P)
         tl.store(mixes + (N + at) * padded + token[None, :], raw, mask=valid)
         base_post = tl.load(base + N + stream, mask=stream < N, other=0.0)
         weights = 2.0 * sigmoid(raw * inverse[None, :] * tl.load(scale + 1) + base_post[:, None])
@@ -153,7 +169,7 @@ def site_kernel(
         base_comb = tl.load(base + 2 * N + cell, mask=both, other=0.0)
         valid3, cell3 = tl.expand_dims(both, 2), tl.expand_dims(cell, 2)
         token3 = tl.expand_dims(tl.expand_dims(token, 0), 0)
-        raw = sum_pieces(partials, 2 * N + cell3, token3, padded, valid3 & (token3 < tokens), PIECES, P)
+        raw = sum_pieces(partials, 2 * N + cell3, token3, padded, valid3 & (token3 < tokens), PIECES, UNITS, P)
         tl.store(mixes + (2 * N + cell3) * padded + token3, raw, mask=valid3)
         normed = raw * tl.expand_dims(tl.expand_dims(inverse, 0), 0)
         softmax = row_softmax(normed * tl.load(scale + 2) + tl.expand_dims(base_comb, 2), valid3)
@@ -167,13 +183,11 @@ def site_backward_kernel(
     mixes,
     base,
     scale,
-    by_pre,
+    factors,
     by_post,
     by_comb,
     by_mixes,
-    factor,
-    base_sums,
-    scale_sums,
+    sums,
     tokens,
     padded,
     eps,
@@ -186,11 +200,13 @@ def site_backward_kernel(
     BLOCK_T: tl.constexpr,
     ITERATIONS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    SUMS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Gradients by `pre[N, T]`, `post[T, N]`, `comb[T, N, N]` to `by_mixes[PARTS, P, T]`; sums for base and scale.
+    """Gradients by pre, `post[T, N]`, `comb[T, N, N]` to `by_mixes[PARTS, P, T]`.
 
-    `factor[T]` is that of a token's streams in their own gradient, through the norm.
+    `factors[N + 1, T]` come with the gradient by pre, and get in row `N` the factor of a token's streams in their own
+    gradient, through the norm. `sums[programs, SUMS]` get what these tokens give to base, then to scale.
     """
     program = tl.program_id(0)
     token = program * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -204,9 +220,9 @@ def site_backward_kernel(
     mix = tl.load(mixes + at * padded + token[None, :], mask=valid, other=0.0) * inverse[None, :]
     base_pre = tl.load(base + stream, mask=stream < N, other=0.0)
     weight = sigmoid(mix * gate + base_pre[:, None])
-    slope = tl.load(by_pre + at * padded + token[None, :], mask=exists, other=0.0) * weight * (1.0 - weight)
-    tl.store(base_sums + program * P + stream, tl.sum(slope, 1), mask=stream < N)
-    tl.store(scale_sums + program * 4, tl.sum(tl.sum(slope * mix, 1), 0))
+    slope = tl.load(factors + at * padded + token[None, :], mask=exists, other=0.0) * weight * (1.0 - weight)
+    tl.store(sums + program * SUMS + stream, tl.sum(slope, 1), mask=stream < N)
+    tl.store(sums + program * SUMS + WIDTH, tl.sum(tl.sum(slope * mix, 1), 0))
     put_parts(by_mixes, at, token[None, :], padded, slope * gate * inverse[None, :], valid, P, PARTS)
     inner = tl.sum(slope * mix * gate, 0)
     if WIDTH > N:
@@ -216,8 +232,8 @@ def site_backward_kernel(
         weight = sigmoid(mix * gate + base_post[:, None])
         slope = tl.load(by_post + token[None, :].to(tl.int64) * N + at, mask=exists, other=0.0)
         slope = 2.0 * slope * weight * (1.0 - weight)
-        tl.store(base_sums + program * P + N + stream, tl.sum(slope, 1), mask=stream < N)
-        tl.store(scale_sums + program * 4 + 1, tl.sum(tl.sum(slope * mix, 1), 0))
+        tl.store(sums + program * SUMS + N + stream, tl.sum(slope, 1), mask=stream < N)
+        tl.store(sums + program * SUMS + WIDTH + 1, tl.sum(tl.sum(slope * mix, 1), 0))
         put_parts(by_mixes, N + at, token[None, :], padded, slope * gate * inverse[None, :], valid, P, PARTS)
         inner += tl.sum(slope * mix * gate, 0)
 
@@ -234,8 +250,8 @@ def site_backward_kernel(
         slope3 = tl.load(place, mask=valid3 & (token3 < tokens), other=0.0)
         slope3 = sinkhorn_gradient(softmax, valid3, slope3, eps, ITERATIONS, SEGMENT)
         slope3 = softmax_gradient(softmax, slope3)
-        tl.store(base_sums + program * P + 2 * N + cell, tl.sum(slope3, 2), mask=both)
-        tl.store(scale_sums + program * 4 + 2, tl.sum(tl.sum(tl.sum(slope3 * mix3, 2), 1), 0))
+        tl.store(sums + program * SUMS + 2 * N + cell, tl.sum(slope3, 2), mask=both)
+        tl.store(sums + program * SUMS + WIDTH + 2, tl.sum(tl.sum(tl.sum(slope3 * mix3, 2), 1), 0))
         put_parts(by_mixes, 2 * N + cell3, token3, padded, slope3 * gate * inverse3, valid3, P, PARTS)
         inner += tl.sum(tl.sum(slope3 * mix3 * gate, 1), 0)
-    tl.store(factor + token, -inner * inverse * inverse / CHANNELS)
+    tl.store(factors + N * padded + token, -inner * inverse * inverse / CHANNELS)

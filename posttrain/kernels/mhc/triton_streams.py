@@ -1,6 +1,6 @@
 """The large part of mHC on the GPU: what reads and writes streams, each element as few times as it can.
 
-Results that the sampler and the trainer share (`project`, `collapse`, `post`) are either element by element or one sum
+Results that the sampler and the trainer share (`project`, `site`, `post`) are either element by element or one sum
 along the channels in an order that only the number of channels decides; the gradients use tensor cores freely.
 
 fp32 numbers meet bf16 streams in a tensor core as the sum of two or three bf16 parts: 16 or 24 bits of them.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from posttrain.kernels.mhc.triton_site import sigmoid, sum_pieces, weigh
 
 
 @triton.jit
@@ -56,13 +58,18 @@ def project_kernel(
     padded,
     CHANNELS: tl.constexpr,
     PIECE: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One piece of the channels: `partials[piece, m, t] = Σ_c streams[t, c] · fn[m, c]`; squares in row `WIDTH`."""
+    """One piece of the channels: `partials[piece, m, t] = Σ_c streams[t, c] · fn[m, c]`; squares in row `WIDTH`.
+
+    A piece is the sum of its units, each of them summed from zero: whoever adds up units that came as pieces of
+    their own gets the same bits.
+    """
     piece = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tl.arange(0, P)
@@ -70,38 +77,90 @@ def project_kernel(
     stream_at = streams + token[:, None].to(tl.int64) * CHANNELS + channel[None, :]
     fn_at = fn + row[:, None] * CHANNELS + channel[None, :]
     sums = tl.zeros([BLOCK_T, P], tl.float32)
-    squares = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_T, BLOCK_C // 8], tl.float32)
+    sums_before = tl.zeros([BLOCK_T, P], tl.float32)
+    squares_before = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, PIECE, BLOCK_C):
         inside = (channel + start < CHANNELS)[None, :]
         x = tl.load(stream_at + start, mask=(token < tokens)[:, None] & inside, other=0.0)
         weight = tl.load(fn_at + start, mask=(row < WIDTH)[:, None] & inside, other=0.0)
         sums = product_by_parts(x, tl.trans(weight), sums, 3, WIDEN)
         wide = x.to(tl.float32)
-        squares += wide * wide
-    sums = tl.where(row[None, :] == WIDTH, tl.sum(squares, 1)[:, None], sums)
+        squares += tl.sum(tl.reshape(wide * wide, [BLOCK_T, BLOCK_C // 8, 8]), 2)
+        if UNIT < PIECE and (start + BLOCK_C) % UNIT == 0:
+            sums_before += sums
+            squares_before += tl.sum(squares, 1)
+            sums = tl.zeros([BLOCK_T, P], tl.float32)
+            squares = tl.zeros([BLOCK_T, BLOCK_C // 8], tl.float32)
+    sums = tl.where(row[None, :] == WIDTH, (squares_before + tl.sum(squares, 1))[:, None], sums_before + sums)
     place = partials + (piece * P + row)[None, :] * padded + token[:, None]
     tl.store(place, sums, mask=(row <= WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def collapse_kernel(streams, pre, x, tokens, padded, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`x = Σ_i pre_i · stream_i`, the last tokens first: their streams were read last and are still in the L2 cache."""
-    token = (tokens - 1 - tl.program_id(0)).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < DIM
-    sums = tl.zeros([BLOCK_D], tl.float32)
-    for stream in tl.static_range(N):
-        weight = tl.load(pre + stream * padded + token)
-        part = tl.load(streams + (token * N + stream) * DIM + channel, mask=inside, other=0.0)
-        sums += weight * part.to(tl.float32)
-    tl.store(x + token * DIM + channel, sums.to(x.dtype.element_ty), mask=inside)
+@triton.jit(do_not_specialize=["tokens", "padded"])
+def site_kernel(
+    streams,
+    partials,
+    base,
+    scale,
+    mixes,
+    post,
+    comb,
+    x,
+    tokens,
+    padded,
+    eps,
+    norm_eps,
+    CHANNELS: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Weights of the site, by the first programs; beside them the others collapse: `x = Σ_i pre_i · stream_i`.
+
+    Each of these computes its token's `pre` again, rather than wait for it. They begin with the last token:
+    the last streams were read last, and are still in the L2 cache.
+    """
+    BLOCKS: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    sites = tl.cdiv(tokens, BLOCK_T)
+    if program < sites:
+        lanes = program * BLOCK_T + tl.arange(0, BLOCK_T)
+        # fmt: off
+        weigh(
+            lanes, partials, base, scale, mixes, post, comb, tokens, padded, eps, norm_eps,
+            CHANNELS, PIECES, UNITS, WIDTH, P, N, N2, ITERATIONS,
+        )
+        # fmt: on
+    else:
+        token = tokens - 1 - (program - sites) // BLOCKS
+        channel = (program - sites) % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = channel < DIM
+        exists = token < tokens
+        token64 = token.to(tl.int64)
+        squares = sum_pieces(partials, WIDTH, token, padded, exists, PIECES, UNITS, P)
+        inverse = 1.0 / tl.sqrt(squares / CHANNELS + norm_eps)
+        gate = tl.load(scale)
+        sums = tl.zeros([BLOCK_D], tl.float32)
+        for stream in tl.static_range(N):
+            part = tl.load(streams + (token64 * N + stream) * DIM + channel, mask=inside, other=0.0)
+            raw = sum_pieces(partials, stream, token, padded, exists, PIECES, UNITS, P)
+            sums += (sigmoid(raw * inverse * gate + tl.load(base + stream)) + eps) * part.to(tl.float32)
+        tl.store(x + token64 * DIM + channel, sums.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def collapse_backward_kernel(
-    streams, by_x, by_pre, padded, N: tl.constexpr, N2: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    streams, by_x, factors, padded, N: tl.constexpr, N2: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Gradient by `pre[N, T]`: inner products of a token's streams with the gradient by its collapsed input."""
+    """Gradient by pre, in `factors[N, T]`: inner products of a token's streams with the gradient by its input."""
     token = tl.program_id(0).to(tl.int64)
     stream = tl.arange(0, N2)
     channel = tl.arange(0, BLOCK_D)
@@ -113,17 +172,18 @@ def collapse_backward_kernel(
         part = tl.load(place, mask=both, other=0.0).to(tl.float32)
         slope = tl.load(by_x + token * DIM + start + channel, mask=inside, other=0.0).to(tl.float32)
         sums += part * slope[None, :]
-    tl.store(by_pre + stream * padded + token, tl.sum(sums, 1), mask=stream < N)
+    tl.store(factors + stream * padded + token, tl.sum(sums, 1), mask=stream < N)
 
 
 @triton.jit(do_not_specialize=["tokens", "group_tokens"])
 def streams_backward_kernel(
     streams,
     fn,
-    pre,
+    mixes,
     by_x,
     by_mixes,
-    factor,
+    factors,
+    joined,
     by_streams,
     by_fn,
     tokens,
@@ -135,11 +195,14 @@ def streams_backward_kernel(
     P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    JOIN: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """A block of one stream's channels over a group of tokens: gradient by streams, the group's sum for fn.
 
-    `by_stream_i = by_mixesᵀ · fn + factor · stream_i + pre_i · by_x`;  `by_fn[group] = Σ_t by_mixes[t] · streams[t]`.
+    `by_stream_i = by_mixesᵀ · fn + factor · stream_i + pre_i · by_x`, and `+ joined_i` with JOIN: the gradient by
+    these streams from elsewhere;  `by_fn[group] = Σ_t by_mixes[t] · streams[t]`.
     Beside bf16 streams `by_mixes` comes in two parts; the gradient by streams, rounded to bf16 itself, takes the first.
     Streams run side by side, so that `by_x` is read from memory once; tokens go from the last to the first, because
     the last were read last before.
@@ -158,7 +221,7 @@ def streams_backward_kernel(
     sums = tl.zeros([BLOCK_D, P], tl.float32)
     first = group * group_tokens
     steps = tl.cdiv(tl.minimum(group_tokens, tokens - first), BLOCK_T)
-    for step in range(steps):
+    for step in tl.range(steps, num_stages=STAGES):  # said here, it holds for loads that meet no product too
         start = tl.multiple_of(first + (steps - 1 - step) * BLOCK_T, BLOCK_T)
         token = start + tl.arange(0, BLOCK_T)
         both = (token < tokens)[:, None] & inside[None, :]
@@ -166,8 +229,8 @@ def streams_backward_kernel(
         at = token64 * (N * DIM) + channel[None, :]
         x = tl.load(streams + at, mask=both, other=0.0)
         slope = tl.load(by_x + token64 * DIM + local[None, :], mask=both, other=0.0).to(tl.float32)
-        own = tl.load(factor + token)
-        share = tl.load(pre + stream * padded + token)
+        own = tl.load(factors + N * padded + token)
+        share = tl.load(mixes + (WIDTH + 1 + stream) * padded + token)
         mixes_at = by_mixes + row[None, :] * padded + token[:, None]
         high = tl.load(mixes_at, mask=(row < WIDTH)[None, :], other=0.0)
         result = product(high, weight, tl.zeros([BLOCK_T, BLOCK_D], tl.float32), WIDEN)
@@ -175,10 +238,46 @@ def streams_backward_kernel(
         if kind != tl.float32:
             low = tl.load(mixes_at + P * padded, mask=(row < WIDTH)[None, :], other=0.0)
             sums = product(tl.trans(x), low, sums, WIDEN)
-        result += own[:, None] * x.to(tl.float32) + share[:, None] * slope
+        result += own[:, None] * x.to(tl.float32)
+        # written so, `share` alone changes its layout, and `by_x` comes from shared memory as it is needed
+        result = tl.fma(tl.broadcast_to(share[:, None], [BLOCK_T, BLOCK_D]), slope, result)
+        if JOIN:
+            result += tl.load(joined + at, mask=both, other=0.0).to(tl.float32)
         tl.store(by_streams + at, result.to(kind), mask=both)
     place = by_fn + (group * WIDTH + row)[None, :] * (N * DIM) + channel[:, None]
     tl.store(place, sums, mask=(row < WIDTH)[None, :] & inside[:, None])
+
+
+@triton.jit(do_not_specialize=["groups", "programs"])
+def sums_kernel(
+    by_fn_groups,
+    sums_groups,
+    by_fn,
+    sums,
+    groups,
+    programs,
+    SIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    USED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Over groups of tokens, in order: `by_fn[SIZE]`; by the program after the last of these, `sums[USED]`."""
+    program = tl.program_id(0)
+    if program * BLOCK < SIZE:
+        at = program * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for group in range(groups):
+            total += tl.load(by_fn_groups + group * SIZE + at, mask=at < SIZE, other=0.0)
+        tl.store(by_fn + at, total.to(by_fn.dtype.element_ty), mask=at < SIZE)
+    else:
+        column = tl.arange(0, SUMS)
+        row = tl.arange(0, BLOCK_P)
+        both = tl.zeros([BLOCK_P, SUMS], tl.float32)
+        for start in range(0, programs, BLOCK_P):
+            mask = (start + row < programs)[:, None] & (column < USED)[None, :]
+            both += tl.load(sums_groups + (start + row)[:, None] * SUMS + column[None, :], mask=mask, other=0.0)
+        tl.store(sums + column, tl.sum(both, 0), mask=column < USED)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Forward: `act = swiglu(x[token] · w13ᵀ)` for all slots by expert, `rows = act · w2ᵀ` written back in the slots' order,
 and each token's slots added up in that order with the router's weights, in fp32. Backward, with `g` the gradient:
 
-    dact = g[token] · w2        and in the same program, by SwiGLU: dhidden, weight · act, and the router's gradient
+    dact = g[token] · w2        and from it, by SwiGLU, row by row: dhidden, weight · act, and the router's gradient
     dw2  = gᵀ · (weight · act)     dw13 = dhiddenᵀ · x[token]      one program walks an expert's rows in their order
     dx   = dhidden · w13           written back in the slots' order and added up by token
 
@@ -21,18 +21,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from posttrain.kernels.compiled import differentiable
-from posttrain.kernels.moe.triton_grouped import (
-    act_gradient_kernel,
-    combine_kernel,
-    gate_up_kernel,
-    multiply_kernel,
-    weight_gradient_kernel,
-)
+from posttrain.kernels.moe.triton_gradient import swiglu_gradient_kernel, weight_gradient_kernel
+from posttrain.kernels.moe.triton_grouped import combine_kernel, gate_up_kernel, multiply_kernel
 from posttrain.kernels.moe.triton_plan import Plan, make_plan, one_expert_plan
 from posttrain.kernels.moe.triton_route import INTERPRETED, Route
 
 DESCRIPTORS = True
-"""Load experts' matrices by Hopper's tensor copy engine where the shape allows it; plain loads give the same bits."""
+"""Load experts' matrices, and store their gradients, by Hopper's tensor copy engine where the shape allows it; plain
+loads and stores give the same bits."""
 
 KEPT_BYTES = 2 * 2**30
 """Gate and up are kept for the backward pass up to this size, and computed again above it: then an expert has so many
@@ -41,26 +37,29 @@ rows that reading its matrix once more costs little. Both give the same bits."""
 ROWS_BYTES = 2**30
 """Slots' output rows are made for as many columns at a time as this holds."""
 
-GRADIENT_COLUMNS = 32
-"""Columns at a time in SwiGLU's gradient."""
+GRADIENT_ROWS, GRADIENT_COLUMNS = 8, 256
+"""At a time in SwiGLU's gradient."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A tile of outputs, and how it is computed: `inner` terms at a time, `band` tiles of rows beside one another."""
+    """A tile of outputs, and how it is computed: `inner` terms at a time.
+
+    A program computes `turns` tiles, of the same rows and of columns beside one another.
+    """
 
     columns: int
     inner: int
     warps: int
     stages: int
-    band: int = 8
+    turns: int = 1
 
     def fitted(self, columns: int, inner: int) -> dict[str, int]:
         """A kernel's arguments, no larger than these sizes need. The number of tokens changes none of them."""
         return {
             "BLOCK_N": min(self.columns, max(16, triton.next_power_of_2(columns))),
             "BLOCK_K": min(self.inner, max(16, triton.next_power_of_2(inner))),
-            "BAND": self.band,
+            "TURNS": self.turns,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -68,22 +67,19 @@ class Tiles:
 
 # All tiles of the narrow dtypes are made of the same instruction (64 rows of `wgmma`, 16 terms at a time into one
 # accumulator), so the choice among them, which is by the number of tokens, changes no bit. fp32 has one choice.
+BAND = 8
 ROWS = {"large": 128, "small": 64, "narrow": 64, "single": 32}
 TILES = {
     ("gate_up", "large"): Tiles(128, 64, 8, 4),
     ("multiply", "large"): Tiles(256, 64, 8, 4),
-    ("act_gradient", "large"): Tiles(128, 64, 8, 3),
     ("gate_up", "small"): Tiles(64, 64, 4, 4),
     ("multiply", "small"): Tiles(128, 64, 4, 4),
-    ("act_gradient", "small"): Tiles(128, 64, 4, 4),
     ("gate_up", "narrow"): Tiles(16, 64, 4, 6),
     ("multiply", "narrow"): Tiles(32, 64, 4, 6),
-    ("act_gradient", "narrow"): Tiles(32, 64, 4, 6),
     ("gate_up", "single"): Tiles(32, 32, 4, 2),
     ("multiply", "single"): Tiles(64, 32, 4, 2),
-    ("act_gradient", "single"): Tiles(32, 32, 4, 2),
 }
-WEIGHT_TILES = {2: (128, Tiles(128, 64, 4, 3)), 4: (64, Tiles(64, 32, 4, 2))}
+WEIGHT_TILES = {2: (128, Tiles(128, 64, 8, 3, turns=8)), 4: (64, Tiles(64, 32, 4, 2))}
 """Of weight gradients, by bytes of a number: rows of a tile, and the rest; `inner` are an expert's rows."""
 
 
@@ -100,11 +96,16 @@ def tiles_for(rows: int, experts: int, dtype: torch.dtype) -> str:
 
 
 def _matrices(weights: Tensor, block: list[int], whole_steps: bool) -> tuple[Any, bool]:
-    """All experts' matrices below each other, for the copy engine if it can read them, and whether it can."""
+    """All experts' matrices below each other, for the copy engine if it can serve them, and whether it can."""
     aligned = weights.data_ptr() % 16 == 0 and weights.shape[2] % 8 == 0 and weights.element_size() == 2
     if not (DESCRIPTORS and aligned and whole_steps):
         return weights, False
     return TensorDescriptor.from_tensor(weights.view(-1, weights.shape[2]), block), True
+
+
+def _parts(columns: int, sizes: dict[str, int]) -> int:
+    """Programs that compute so many columns of the same rows."""
+    return triton.cdiv(triton.cdiv(columns, sizes["BLOCK_N"]), sizes["TURNS"])
 
 
 def gate_up(x_TH: Tensor, w13_EJH: Tensor, plan: Plan, limit: float, keep: bool) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def gate_up(x_TH: Tensor, w13_EJH: Tensor, plan: Plan, limit: float, keep: bool)
     hidden_SJ = x_TH.new_empty(rows, outer) if keep else act_SI
     sizes = TILES["gate_up", plan.tiles].fitted(outer // 2, hidden)
     matrices, described = _matrices(w13_EJH, [sizes["BLOCK_N"], sizes["BLOCK_K"]], True)
-    gate_up_kernel[(len(plan.tile_experts_N) * triton.cdiv(outer // 2, sizes["BLOCK_N"]),)](
+    gate_up_kernel[(len(plan.tile_experts_N) * _parts(outer // 2, sizes),)](
         *(x_TH, matrices, hidden_SJ, act_SI, *plan.tables, limit),
         HIDDEN=hidden,
         INNER=outer // 2,
@@ -122,6 +123,7 @@ def gate_up(x_TH: Tensor, w13_EJH: Tensor, plan: Plan, limit: float, keep: bool)
         SLOTS=plan.slots,
         KEEP=keep,
         BLOCK_M=ROWS[plan.tiles],
+        BAND=BAND,
         DESCRIBED=described,
         WIDEN=INTERPRETED,
         **sizes,
@@ -129,16 +131,21 @@ def gate_up(x_TH: Tensor, w13_EJH: Tensor, plan: Plan, limit: float, keep: bool)
     return act_SI, hidden_SJ
 
 
-def multiply(rows_SK: Tensor, weights: Tensor, transposed: bool, plan: Plan, columns: slice) -> Tensor:
-    """Columns of each row times its expert's matrix (transposed: `[E, N, K]`, else `[E, K, N]`), in slots' order."""
-    rows, inner = rows_SK.shape
+def multiply(
+    rows_SK: Tensor, weights: Tensor, transposed: bool, plan: Plan, columns: slice, out: Tensor | None = None
+) -> Tensor:
+    """Columns of each row times its expert's matrix (transposed: `[E, N, K]`, else `[E, K, N]`), in slots' order.
+
+    With `out`, rows are read by token instead, and written there in the experts' order.
+    """
+    by_token, inner = out is not None, rows_SK.shape[1]
     outer = weights.shape[1] if transposed else weights.shape[2]
     width = columns.stop - columns.start
-    out = rows_SK.new_empty(rows, width)
+    out = rows_SK.new_empty(len(rows_SK), width) if out is None else out
     sizes = TILES["multiply", plan.tiles].fitted(width, inner)
     block = [sizes["BLOCK_N"], sizes["BLOCK_K"]] if transposed else [sizes["BLOCK_K"], sizes["BLOCK_N"]]
     matrices, described = _matrices(weights, block, transposed or inner % sizes["BLOCK_K"] == 0)
-    multiply_kernel[(len(plan.tile_experts_N) * triton.cdiv(width, sizes["BLOCK_N"]),)](
+    multiply_kernel[(len(plan.tile_experts_N) * _parts(width, sizes),)](
         *(rows_SK, matrices, out, *plan.tables, columns.start),
         INNER=inner,
         OUTER=outer,
@@ -146,7 +153,9 @@ def multiply(rows_SK: Tensor, weights: Tensor, transposed: bool, plan: Plan, col
         EXPERTS=len(weights),
         SLOTS=plan.slots,
         TRANSPOSED=transposed,
+        BY_TOKEN=by_token,
         BLOCK_M=ROWS[plan.tiles],
+        BAND=BAND,
         DESCRIBED=described,
         WIDEN=INTERPRETED,
         **sizes,
@@ -165,25 +174,18 @@ def act_gradient(
     act_SI: Tensor,
 ) -> Tensor:
     """Fills `dhidden`, which may be `hidden`, and `act`, by weight; returns the gradient of the weights."""
-    (experts, hidden, inner), rows = w2_EHI.shape, len(plan.order_S)
-    sizes = TILES["act_gradient", plan.tiles].fitted(inner, hidden)
-    columns = triton.cdiv(inner, sizes["BLOCK_N"])
-    # A slot whose expert does not exist is in no tile: what stays here is its gradient.
-    parts_CS = weights_TK.new_full((columns if plan.slots else 0, rows), torch.nan)
-    matrices, described = _matrices(w2_EHI, [sizes["BLOCK_K"], sizes["BLOCK_N"]], hidden % sizes["BLOCK_K"] == 0)
-    act_gradient_kernel[(len(plan.tile_experts_N) * columns,)](
-        *(gradient_TH, matrices, hidden_SJ, weights_TK, dhidden_SJ, act_SI, parts_CS, *plan.tables, rows, limit),
-        PART=min(GRADIENT_COLUMNS, sizes["BLOCK_N"]),
-        HIDDEN=hidden,
+    rows, inner = act_SI.shape
+    multiply(gradient_TH, w2_EHI, False, plan, slice(0, inner), act_SI)
+    dweights_TK = torch.empty_like(weights_TK) if plan.slots else weights_TK
+    swiglu_gradient_kernel[(triton.cdiv(rows, GRADIENT_ROWS),)](
+        *(hidden_SJ, weights_TK, dhidden_SJ, act_SI, dweights_TK, plan.order_S, plan.starts_F, rows, limit),
         INNER=inner,
-        EXPERTS=experts,
+        EXPERTS=plan.experts,
         SLOTS=plan.slots,
-        BLOCK_M=ROWS[plan.tiles],
-        DESCRIBED=described,
-        WIDEN=INTERPRETED,
-        **sizes,
+        BLOCK_M=GRADIENT_ROWS,
+        BLOCK_N=min(GRADIENT_COLUMNS, triton.next_power_of_2(inner)),
     )
-    return parts_CS.sum(0).view_as(weights_TK) if plan.slots else weights_TK
+    return dweights_TK
 
 
 def weight_gradient(left: Tensor, right: Tensor, plan: Plan, by_token: tuple[bool, bool]) -> Tensor:
@@ -191,13 +193,18 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan, by_token: tuple[boo
     m, n = left.shape[1], right.shape[1]
     out_EMN = left.new_empty(plan.experts, m, n)
     rows, tiles = WEIGHT_TILES[left.element_size()]
-    sizes = tiles.fitted(n, tiles.inner) | {"BLOCK_M": min(rows, max(16, triton.next_power_of_2(m)))}
-    weight_gradient_kernel[(plan.experts * triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]),)](
-        *(left, right, out_EMN, plan.order_S, plan.starts_F),
+    rows = min(rows, max(16, triton.next_power_of_2(m)))
+    sizes = tiles.fitted(n, tiles.inner)
+    # The copy engine leaves out columns that do not exist; a row too many would be the next expert's.
+    out, described = _matrices(out_EMN, [rows, sizes["BLOCK_N"]], m % rows == 0)
+    weight_gradient_kernel[(plan.experts * triton.cdiv(m, rows) * _parts(n, sizes),)](
+        *(left, right, out, plan.order_S, plan.starts_F),
         M=m,
         N=n,
         LEFT_SLOTS=plan.slots if by_token[0] else 0,
         RIGHT_SLOTS=plan.slots if by_token[1] else 0,
+        BLOCK_M=rows,
+        DESCRIBED=described,
         WIDEN=INTERPRETED,
         **sizes,
     )

@@ -1,7 +1,8 @@
 """Grouped matrix products of the experts on the GPU: many small products, one for each expert that has rows.
 
-A program computes one tile of one expert's product. An output is one fp32 sum over the inner dimension from its start
-to its end in steps of the same instruction: neither the tile it falls into nor the tile's other rows change a bit.
+A program computes tiles of one expert's product, `TURNS` of them one after the other: what it looks up about its rows
+serves them all. An output is one fp32 sum over the inner dimension from its start to its end in steps of the same
+instruction: neither the tile it falls into nor the tile's other rows change a bit.
 
 Letters: `S` rows sorted by expert (see `triton_plan`), `H` hidden, `I` inner, `J = 2I`. `SLOTS` is the number of slots
 of a token; 0 means that rows are the tokens themselves, all of one expert.
@@ -102,6 +103,7 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    TURNS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
@@ -111,38 +113,43 @@ def gate_up_kernel(
     cannot then move a value to the other side of the limit, and the gradient is cut where the result was.
     """
     COLUMNS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    PARTS: tl.constexpr = (COLUMNS + TURNS - 1) // TURNS
     place = tl.program_id(0)
-    expert = tl.load(tile_experts + place // COLUMNS)
+    expert = tl.load(tile_experts + place // PARTS)
     if expert == EXPERTS:
         return
-    first, end, column = find_tile(starts, tile_starts, expert, place, BLOCK_M, COLUMNS, BAND)
+    first, end, part = find_tile(starts, tile_starts, expert, place, BLOCK_M, PARTS, BAND)
     local = tl.arange(0, BLOCK_M)
     row = first + local
     valid = row < end
-    token = _tokens(_slots(order, row, valid, SLOTS), SLOTS)
-    rows_at = x_TH + token * HIDDEN
-    gate_at, n0 = expert * (2 * INNER), column * BLOCK_N
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, HIDDEN, BLOCK_K):
-        a = _left(rows_at, valid, start, HIDDEN, BLOCK_K, WIDEN)
-        b = _right(w13_EJH, gate_at, start, n0, HIDDEN, INNER, BLOCK_K, BLOCK_N, True, DESCRIBED, WIDEN)
-        c = _right(w13_EJH, gate_at + INNER, start, n0, HIDDEN, INNER, BLOCK_K, BLOCK_N, True, DESCRIBED, WIDEN)
-        gate = tl.dot(a, b, gate, input_precision="ieee")
-        up = tl.dot(a, c, up, input_precision="ieee")
-    n = n0 + tl.arange(0, BLOCK_N)
-    mask = valid[:, None] & (n < INNER)[None, :]
-    if KEEP:
-        hidden_at = hidden_SJ + first.to(tl.int64) * (2 * INNER) + (local[:, None] * (2 * INNER) + n[None, :])
-        kept_gate = tl.where(gate > limit, float("inf"), gate)
-        kept_up = tl.where(up > limit, float("inf"), tl.where(up < -limit, float("-inf"), up))
-        tl.store(hidden_at, kept_gate.to(hidden_SJ.dtype.element_ty), mask=mask)
-        tl.store(hidden_at + INNER, kept_up.to(hidden_SJ.dtype.element_ty), mask=mask)
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    act = gate / (1.0 + tl.exp(-gate)) * up
-    act_at = act_SI + first.to(tl.int64) * INNER + (local[:, None] * INNER + n[None, :])
-    tl.store(act_at, act.to(act_SI.dtype.element_ty), mask=mask)
+    rows_at = x_TH + _tokens(_slots(order, row, valid, SLOTS), SLOTS) * HIDDEN
+    gate_at = expert * (2 * INNER)
+    for column in range(part * TURNS, tl.minimum(COLUMNS, (part + 1) * TURNS)):
+        n0 = column * BLOCK_N
+        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, HIDDEN, BLOCK_K):
+            a = _left(rows_at, valid, start, HIDDEN, BLOCK_K, WIDEN)
+            b = _right(w13_EJH, gate_at, start, n0, HIDDEN, INNER, BLOCK_K, BLOCK_N, True, DESCRIBED, WIDEN)
+            c = _right(w13_EJH, gate_at + INNER, start, n0, HIDDEN, INNER, BLOCK_K, BLOCK_N, True, DESCRIBED, WIDEN)
+            gate = tl.dot(a, b, gate, input_precision="ieee")
+            up = tl.dot(a, c, up, input_precision="ieee")
+        mask = valid[:, None]
+        if INNER % BLOCK_N != 0:
+            mask = mask & (n0 + tl.arange(0, BLOCK_N) < INNER)[None, :]
+        if KEEP:
+            hidden_at = hidden_SJ + (first.to(tl.int64) * (2 * INNER) + n0)
+            at = local[:, None] * (2 * INNER) + tl.arange(0, BLOCK_N)[None, :]
+            kept_gate = tl.where(gate > limit, float("inf"), gate)
+            kept_up = tl.where(up > limit, float("inf"), tl.where(up < -limit, float("-inf"), up))
+            tl.store(hidden_at + at, kept_gate.to(hidden_SJ.dtype.element_ty), mask=mask)
+            tl.store(hidden_at + INNER + at, kept_up.to(hidden_SJ.dtype.element_ty), mask=mask)
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        act = gate / (1.0 + tl.exp(-gate)) * up
+        act_at = act_SI + (first.to(tl.int64) * INNER + n0)
+        at = local[:, None] * INNER + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(act_at + at, act.to(act_SI.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -161,185 +168,46 @@ def multiply_kernel(
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    TURNS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """`out[slot of s] = rows[s] · matrix`, `WIDTH` columns of it from `first_column` on.
+    """`out[slot of s] = rows[s] · matrix`, or `BY_TOKEN`, `out[s] = rows[token of s] · matrix`.
 
-    Transposed, matrices are `[E, OUTER, INNER]`, else `[E, INNER, OUTER]`.
+    Of the product, `WIDTH` columns from `first_column` on. Transposed, matrices are `[E, OUTER, INNER]`, else
+    `[E, INNER, OUTER]`.
     """
     COLUMNS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    PARTS: tl.constexpr = (COLUMNS + TURNS - 1) // TURNS
     place = tl.program_id(0)
-    expert = tl.load(tile_experts + place // COLUMNS)
+    expert = tl.load(tile_experts + place // PARTS)
     if expert == EXPERTS:
         return
-    first, end, column = find_tile(starts, tile_starts, expert, place, BLOCK_M, COLUMNS, BAND)
+    first, end, part = find_tile(starts, tile_starts, expert, place, BLOCK_M, PARTS, BAND)
     row = first + tl.arange(0, BLOCK_M)
     valid = row < end
     slot = _slots(order, row, valid, SLOTS)
-    rows_at = rows_SK + row.to(tl.int64) * INNER
-    n0 = column * BLOCK_N
+    rows_at = rows_SK + (_tokens(slot, SLOTS) if BY_TOKEN else row.to(tl.int64)) * INNER
+    out_at = out + (row.to(tl.int64) if BY_TOKEN else slot) * WIDTH
     matrix_at = expert * (OUTER if TRANSPOSED else INNER)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, INNER, BLOCK_K):
-        a = _left(rows_at, valid, start, INNER, BLOCK_K, WIDEN)
-        b = _right(
-            matrices, matrix_at, start, first_column + n0, INNER, OUTER, BLOCK_K, BLOCK_N, TRANSPOSED, DESCRIBED, WIDEN
-        )
-        sums = tl.dot(a, b, sums, input_precision="ieee")
-    n = n0 + tl.arange(0, BLOCK_N)
-    mask = valid[:, None] & (n < WIDTH)[None, :]
-    tl.store(out + slot[:, None] * WIDTH + n[None, :], sums.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["slots"])
-def act_gradient_kernel(
-    gradient_TH,
-    w2_EHI,
-    hidden_SJ,
-    weights,
-    dhidden_SJ,
-    act_SI,
-    dweights,
-    order,
-    starts,
-    tile_starts,
-    tile_experts,
-    slots,
-    limit,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr,
-    PART: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    WIDEN: tl.constexpr,
-) -> None:
-    """Back through the second product and SwiGLU: `dact = gradient[token of s] · w2`, and from it
-
-    - `dhidden`, scaled by the slot's weight; it may be the memory of `hidden`,
-    - `act`, computed again and scaled by the weight: what the gradient of `w2` needs,
-    - `dweights[column, slot]`, this tile's columns of `act · dact`: their sum over tiles is the weight's gradient.
-    """
-    COLUMNS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
-    place = tl.program_id(0)
-    expert = tl.load(tile_experts + place // COLUMNS)
-    if expert == EXPERTS:
-        return
-    first, end, column = find_tile(starts, tile_starts, expert, place, BLOCK_M, COLUMNS, BAND)
-    local = tl.arange(0, BLOCK_M)
-    row = first + local
-    valid = row < end
-    slot = _slots(order, row, valid, SLOTS)
-    rows_at = gradient_TH + _tokens(slot, SLOTS) * HIDDEN
-    n0 = column * BLOCK_N
-    dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, HIDDEN, BLOCK_K):
-        a = _left(rows_at, valid, start, HIDDEN, BLOCK_K, WIDEN)
-        b = _right(
-            w2_EHI, expert * HIDDEN, start, n0, HIDDEN, INNER, BLOCK_K, BLOCK_N, False, DESCRIBED, WIDEN
-        )  # fmt: skip
-        dact = tl.dot(a, b, dact, input_precision="ieee")
-    # SwiGLU's gradient needs seven numbers for each output: too many for the registers that hold a whole tile. So the
-    # tile goes to where `act` will be, and comes back from the cache in parts. A barrier stands between what some
-    # threads read and what others write in its place.
-    n = n0 + tl.arange(0, BLOCK_N)
-    act_at = act_SI + first.to(tl.int64) * INNER + local[:, None] * INNER
-    tl.store(act_at + n[None, :], dact.to(act_SI.dtype.element_ty), mask=valid[:, None] & (n < INNER)[None, :])
-    tl.debug_barrier()
-    hidden_at = hidden_SJ + first.to(tl.int64) * (2 * INNER)
-    dhidden_at = dhidden_SJ + first.to(tl.int64) * (2 * INNER)
-    sums = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.range(0, BLOCK_N, PART, num_stages=1):
-        c = n0 + part + tl.arange(0, PART)
-        mask = valid[:, None] & (c < INNER)[None, :]
-        at = local[:, None] * (2 * INNER) + c[None, :]
-        slope = tl.load(act_at + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(hidden_at + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(hidden_at + INNER + at, mask=mask, other=0.0).to(tl.float32)
-        tl.debug_barrier()
-        gate_cut, up_cut = gate == float("inf"), tl.abs(up) == float("inf")
-        gate = tl.where(gate_cut, limit, gate)
-        up = tl.where(up_cut, tl.where(up > 0, limit, -limit), up)
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-        act = gate * sigmoid * up
-        if SLOTS > 0:
-            sums += tl.sum(act * slope, 1)
-            weight = tl.load(weights + slot, mask=valid, other=0.0)
-            slope *= weight[:, None]
-            act *= weight[:, None]
-        tl.store(act_at + c[None, :], act.to(act_SI.dtype.element_ty), mask=mask)
-        dgate = tl.where(gate_cut, 0.0, slope * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-        tl.store(dhidden_at + at, dgate.to(dhidden_SJ.dtype.element_ty), mask=mask)
-        dup = tl.where(up_cut, 0.0, slope * gate * sigmoid)
-        tl.store(dhidden_at + INNER + at, dup.to(dhidden_SJ.dtype.element_ty), mask=mask)
-    if SLOTS > 0:
-        tl.store(dweights + column.to(tl.int64) * slots + slot, sums, mask=valid)
-
-
-@triton.jit
-def _rows_of(values, row, valid, order, column, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """`[K, BLOCK]` columns of rows; with `SLOTS`, of the rows' tokens."""
-    n = column + tl.arange(0, BLOCK)
-    at = values + _tokens(_slots(order, row, valid, SLOTS), SLOTS)[:, None] * WIDTH + n[None, :]
-    if WIDTH % BLOCK == 0:
-        tile = tl.load(at, mask=valid[:, None], other=0.0)
-    else:
-        tile = tl.load(at, mask=valid[:, None] & (n < WIDTH)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def weight_gradient_kernel(
-    left,
-    right,
-    out_EMN,
-    order,
-    starts,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    LEFT_SLOTS: tl.constexpr,
-    RIGHT_SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr,
-    WIDEN: tl.constexpr,
-) -> None:
-    """`out[e] = leftᵀ · right` over the rows of expert `e` in their order; zeros where it has none.
-
-    A side with slots is `[T, width]` and read by token, the other is `[S, width]`.
-    """
-    ROWS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    expert = tl.program_id(0) // (ROWS * COLUMNS)
-    local = tl.program_id(0) % (ROWS * COLUMNS)
-    band = local // (BAND * COLUMNS) * BAND
-    height = tl.minimum(ROWS - band, BAND)
-    m0 = (band + local % (BAND * COLUMNS) % height) * BLOCK_M
-    n0 = local % (BAND * COLUMNS) // height * BLOCK_N
-    begin, end = tl.load(starts + expert), tl.load(starts + expert + 1)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
-        valid = row < end
-        a = _rows_of(left, row, valid, order, m0, M, LEFT_SLOTS, BLOCK_M)
-        b = _rows_of(right, row, valid, order, n0, N, RIGHT_SLOTS, BLOCK_N)
-        if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
-    m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-    at = out_EMN + expert.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
-    tl.store(at, sums.to(out_EMN.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    for column in range(part * TURNS, tl.minimum(COLUMNS, (part + 1) * TURNS)):
+        n0 = column * BLOCK_N
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, INNER, BLOCK_K):
+            a = _left(rows_at, valid, start, INNER, BLOCK_K, WIDEN)
+            b = _right(
+                *(matrices, matrix_at, start, first_column + n0),
+                *(INNER, OUTER, BLOCK_K, BLOCK_N, TRANSPOSED, DESCRIBED, WIDEN),
+            )
+            sums = tl.dot(a, b, sums, input_precision="ieee")
+        n = n0 + tl.arange(0, BLOCK_N)
+        mask = valid[:, None] & (n < WIDTH)[None, :]
+        tl.store(out_at[:, None] + n[None, :], sums.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

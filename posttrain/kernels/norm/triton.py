@@ -3,7 +3,6 @@
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,14 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.compiled import differentiable
+from posttrain.kernels.launches import Launcher
 
 TILE = 4096
 """Numbers in one tile of whole rows: 32 for each thread of four warps."""
 
-PROGRAMS = 396
-"""Parts of the weight's gradient, each added up by one program: 3 for each multiprocessor of an H100, as many as fit.
+PROGRAMS = 264
+"""Parts of the weight's gradient, each added up by one program: 2 for each multiprocessor of an H100, as many as fit.
 
 A constant, so that a gradient has the same bits on every GPU."""
+
+BACKWARD_WARPS = 2
+"""Times forward's, with a weight: its gradient's sums and the tile that is on its way take registers too."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -37,6 +40,16 @@ def forward_kernel(
     if WEIGHTED:
         value = value * tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_rows(x, gradient, tile, rows, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of `x` and of the gradient as they are, zeros where there is nothing."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (d < DIM)[None, :]
+    at = row[:, None] * DIM + d[None, :]
+    return tl.load(x + at, mask=inside, other=0.0), tl.load(gradient + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -61,12 +74,18 @@ def backward_kernel(
     if WEIGHTED:
         scales = tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    if WEIGHTED:
+        ahead, slope_ahead = tile_rows(x, gradient, program, rows, DIM, ROWS, BLOCK)
     for tile in range(program, tl.cdiv(rows, ROWS), programs):
+        if WEIGHTED:  # several tiles: the next is on its way while this one is computed
+            value, slope = ahead.to(tl.float32), slope_ahead.to(tl.float32)
+            ahead, slope_ahead = tile_rows(x, gradient, tile + programs, rows, DIM, ROWS, BLOCK)
+        else:
+            value, slope = tile_rows(x, gradient, tile, rows, DIM, ROWS, BLOCK)
+            value, slope = value.to(tl.float32), slope.to(tl.float32)
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (d < DIM)[None, :]
         at = row[:, None] * DIM + d[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        slope = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)
         scale = tl.where(row < rows, scale, 0.0)  # of no row at all it may be infinite
         normed = value * scale[:, None]
@@ -80,11 +99,13 @@ def backward_kernel(
         tl.store(parts + program.to(tl.int64) * DIM + d, tl.sum(sums, 0), mask=d < DIM)
 
 
-def _shape(dim: int) -> dict[str, Any]:
-    """Tiles by the width of a row alone: a row's sum is added up in the same order in every call."""
+forward, backward = Launcher(forward_kernel), Launcher(backward_kernel)
+
+
+def _shape(dim: int) -> tuple[dict[str, Any], int]:
+    """Tiles and warps by the width of a row alone: a row's sum is added up in the same order in every call."""
     block = triton.next_power_of_2(dim)
-    warps = min(max(block // 1024, 4), 16)
-    return {"DIM": dim, "ROWS": max(TILE // block, 1), "BLOCK": block, "num_warps": warps}
+    return {"DIM": dim, "ROWS": max(TILE // block, 1), "BLOCK": block}, min(max(block // 1024, 4), 16)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -99,23 +120,29 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = _aligned(x), weight if weight is None else _aligned(weight)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        out, rows, shape = torch.empty_like(x), math.prod(x.shape[:-1]), _shape(x.shape[-1])
-        if x.numel():
-            grid = (triton.cdiv(rows, shape["ROWS"]),)
-            forward_kernel[grid](x, weight, out, rows, eps, WEIGHTED=weight is not None, **shape)
+        out, rows, (tile, warps) = torch.empty_like(x), x.numel() // max(x.shape[-1], 1), _shape(x.shape[-1])
+        if rows:
+            constants = {**tile, "WEIGHTED": weight is not None}
+            key = x.device, x.dtype, None if weight is None else weight.dtype, tile["DIM"], tile["ROWS"]
+            grid = -(-rows // tile["ROWS"]), 1, 1
+            forward(grid, key, (x, weight, out, rows, eps), constants, num_warps=warps)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        weighted, dim = weight is not None, x.shape[-1]
-        dx, rows, shape = torch.empty_like(x), math.prod(x.shape[:-1]), _shape(dim)
-        tiles = triton.cdiv(rows, shape["ROWS"]) if x.numel() else 0
+        gradient, weighted = _aligned(gradients[0]), weight is not None
+        dx, rows, (tile, warps) = torch.empty_like(x), x.numel() // max(x.shape[-1], 1), _shape(x.shape[-1])
+        tiles = -(-rows // tile["ROWS"])
         programs = min(tiles, PROGRAMS) if weighted else tiles
-        parts = x.new_empty(programs, dim, dtype=torch.float32) if weighted else None
+        parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32) if weighted else None
         if programs:
-            tensors = x, weight, _aligned(gradients[0]), dx, parts
-            backward_kernel[(programs,)](*tensors, rows, programs, ctx.eps, WEIGHTED=weighted, **shape)
+            constants = {**tile, "WEIGHTED": weighted}
+            warps = min(BACKWARD_WARPS * warps, 16) if weighted else warps
+            kinds = x.dtype, None if weight is None else weight.dtype, gradient.dtype
+            key = x.device, kinds, tile["DIM"], tile["ROWS"], warps
+            arguments = x, weight, gradient, dx, parts, rows, programs, ctx.eps
+            backward((programs, 1, 1), key, arguments, constants, num_warps=warps)
         return dx, None if parts is None else parts.sum(0).to(weight.dtype), None
 
 

@@ -195,9 +195,15 @@ def mxfp4_to_fp8(packed: Tensor, scales: Tensor) -> Quantized:
     if packed.dim() < 2:
         raise ValueError(f"mxfp4_to_fp8: packed has shape {list(packed.shape)}; expected [..., N, K / 2]")
     _check_packed("mxfp4_to_fp8", packed, scales)
-    _refuse("mxfp4_to_fp8", scales)
-    codes, bytes_, lossy = oracle.fp4_in_fp8(oracle.decode(oracle.unpack(packed), E2M1), scales)
+    if backend_of(packed) == "triton":
+        matrices = (one.reshape(-1, *one.shape[-2:]) for one in (packed, scales))
+        codes, bytes_, flags = (one.view(*packed.shape[:-2], *one.shape[-2:]) for one in triton.fp4_in_fp8(*matrices))
+        lossy = flags != 0
+    else:
+        _refuse("mxfp4_to_fp8", scales)
+        codes, bytes_, lossy = oracle.fp4_in_fp8(oracle.decode(oracle.unpack(packed), E2M1), scales)
     if bool(lossy.any()):
+        _refuse("mxfp4_to_fp8", scales)
         first = tuple(lossy.nonzero()[0].tolist())
         raise ValueError(
             f"mxfp4_to_fp8: {int(lossy.sum())} of {lossy.numel()} 128 × 128 blocks cannot be held exactly, the first "

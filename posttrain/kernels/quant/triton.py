@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.quant.formats import Format
+from posttrain.kernels.quant.formats import E2M1, E4M3, FP8_GROUP, Format
 
 TILE = 4096
 """Elements of a program where groups are rows; a 128 × 128 block is a program of its own."""
@@ -199,6 +199,49 @@ def _fake_kernel(
     tl.store(bad_pointer + program + tl.program_id(0), bad.to(tl.uint8))
 
 
+@triton.jit
+def _fp4_in_fp8_kernel(
+    packed_pointer,
+    scales_pointer,
+    codes_pointer,
+    bytes_pointer,
+    flags_pointer,
+    rows,
+    groups,
+    FP4_MANTISSA: tl.constexpr,
+    FP4_BIAS: tl.constexpr,
+    FP4_SIGN: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOP: tl.constexpr,
+    SIGN: tl.constexpr,
+):
+    """One 128 × 128 block: 512 groups of 32 numbers, four in a row. Flags: 1 if a bit is lost, 2 if a scale is NaN."""
+    group = tl.arange(0, 512)
+    row, across = tl.program_id(0) * 128 + group // 4, tl.program_id(1) * 4 + group % 4
+    exists = (row < rows) & (across < groups)
+    at = (tl.program_id(2).to(tl.int64) * rows + row) * groups + across
+    scale = tl.load(scales_pointer + at, mask=exists, other=0).to(tl.int32)
+    half = tl.arange(0, 16)[None, :]
+    pair = tl.load(packed_pointer + at[:, None] * 16 + half, mask=exists[:, None], other=0).to(tl.int32)
+    used = tl.max(pair & 0x77, axis=1) > 0
+    largest = tl.max(tl.where(used, scale, -1), axis=0)
+    found = tl.where(largest < 0, 127, tl.maximum(largest - 6, 0))
+    # Whatever is moved down by more than 15 places is lost, so the bound below changes nothing.
+    shift = tl.minimum(tl.maximum(scale - found, -60), 6)
+    fp4 = tl.reshape(tl.join(pair & 15, pair >> 4), (512, 32))
+    shifted = _decode(fp4, FP4_MANTISSA, FP4_BIAS, FP4_SIGN) * _float((shift + 127) << 23)[:, None]
+    codes = _encode(shifted, MANTISSA, BIAS, TOP, SIGN)
+    lost = tl.max(tl.where(_decode(codes, MANTISSA, BIAS, SIGN) != shifted, 1, 0), axis=1)
+    place = at[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(codes_pointer + place, codes.to(tl.uint8), mask=exists[:, None])
+    block = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    block = block * tl.num_programs(1) + tl.program_id(1)
+    tl.store(bytes_pointer + block, found.to(tl.uint8))
+    flags = tl.max(lost | tl.where(scale == 255, 2, 0), axis=0)  # of both, 2 or 3 is the larger
+    tl.store(flags_pointer + block, flags.to(tl.uint8))
+
+
 def _plan(matrices: int, rows: int, columns: int, block_rows: int, block_columns: int) -> tuple[tuple, dict]:
     """Grid and tile: blocks are tiles; groups that are rows are taken many at a time."""
     tile_rows = block_rows if block_rows > 1 else TILE // block_columns
@@ -252,3 +295,18 @@ def fake_quantize(x: Tensor, block_rows: int, block_columns: int, kind: Format) 
         _fake_kernel[grid](x, out, bad, rows, columns, **numbers, **limits, **tile)
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return out, None if capturing else bad
+
+
+def fp4_in_fp8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """FP8 codes `[M, N, K]`, and for each 128 × 128 block its scale byte and flags: 1 lossy, 2 or 3 a scale is NaN."""
+    packed, scales = packed.contiguous(), scales.contiguous()
+    matrices, rows, half = packed.shape
+    grid = triton.cdiv(rows, FP8_GROUP), triton.cdiv(2 * half, FP8_GROUP), matrices
+    codes = packed.new_empty(matrices, rows, 2 * half)
+    bytes_, flags = (packed.new_empty(matrices, *grid[:2]) for _ in range(2))
+    if codes.numel():
+        numbers = {"FP4_MANTISSA": E2M1.mantissa, "FP4_BIAS": E2M1.bias, "FP4_SIGN": E2M1.sign}
+        numbers |= {"MANTISSA": E4M3.mantissa, "BIAS": E4M3.bias, "TOP": E4M3.top, "SIGN": E4M3.sign}
+        tensors = packed, scales, codes, bytes_, flags
+        _fp4_in_fp8_kernel[grid](*tensors, rows, half // 16, **numbers, num_warps=8)
+    return codes, bytes_, flags

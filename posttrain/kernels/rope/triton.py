@@ -3,7 +3,7 @@
 # mypy: allow-incomplete-defs, allow-untyped-defs
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.compiled import differentiable
+from posttrain.kernels.launches import Launcher
 
 TILE = 4096
 """Numbers in one tile of whole heads: 32 for each thread of four warps."""
@@ -24,7 +25,7 @@ def rotate_kernel(
     sin,
     out,
     rows,
-    heads,
+    HEADS: tl.constexpr,
     REST: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
@@ -40,7 +41,7 @@ def rotate_kernel(
         copied = (row < rows)[:, None] & (d < REST)[None, :]
         tl.store(out + begin + d[None, :], tl.load(x + begin + d[None, :], mask=copied, other=0.0), mask=copied)
     pair = tl.arange(0, BLOCK_HALF)
-    angle = (row // heads)[:, None] * HALF + pair[None, :]
+    angle = (row // HEADS)[:, None] * HALF + pair[None, :]
     known = (row < rows)[:, None] & (pair < HALF)[None, :]
     c = tl.load(cos + angle, mask=known, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=known, other=0.0).to(tl.float32)
@@ -55,25 +56,39 @@ def rotate_kernel(
     tl.store(out + begin + REST + d[None, :], turned.to(out.dtype.element_ty), mask=inside)
 
 
+rotate = Launcher(rotate_kernel)
+
+
+@lru_cache
+def _constants(heads: int, dim: int, half: int, backwards: bool) -> dict[str, Any]:
+    return {
+        "HEADS": heads,
+        "REST": dim - 2 * half,
+        "HALF": half,
+        "ROWS": max(TILE // triton.next_power_of_2(dim), 1),
+        "BLOCK_REST": triton.next_power_of_2(max(dim - 2 * half, 1)),
+        "BLOCK_HALF": triton.next_power_of_2(half),
+        "BACKWARDS": backwards,
+    }
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Without gaps, and begun where the widest loads may begin."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _rotate(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, backwards: bool) -> Tensor:
-    x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dim, half, heads = x.shape[-1], cos_TR.shape[1], math.prod(x.shape[1:-1])
-    if x.numel() == 0:
+    x, cos_TR, sin_TR = _aligned(x), _aligned(cos_TR), _aligned(sin_TR)
+    out, (dim, half) = torch.empty_like(x), (x.shape[-1], cos_TR.shape[1])
+    if out.numel() == 0:
         return out
     if half == 0:
         return out.copy_(x)
-    rows, block_half = len(x) * heads, triton.next_power_of_2(half)
-    tile_rows = max(TILE // triton.next_power_of_2(dim), 1)
-    rotate_kernel[(triton.cdiv(rows, tile_rows),)](
-        *(x, cos_TR.contiguous(), sin_TR.contiguous(), out, rows, heads),
-        REST=dim - 2 * half,
-        HALF=half,
-        ROWS=tile_rows,
-        BLOCK_REST=triton.next_power_of_2(max(dim - 2 * half, 1)),
-        BLOCK_HALF=block_half,
-        BACKWARDS=backwards,
-        num_warps=4,
-    )
+    rows = x.numel() // dim
+    constants = _constants(rows // len(x), dim, half, backwards)
+    key = x.device, x.dtype, cos_TR.dtype, sin_TR.dtype, rows // len(x), dim, half, backwards
+    rotate((-(-rows // constants["ROWS"]), 1, 1), key, (x, cos_TR, sin_TR, out, rows), constants, num_warps=4)
     return out
 
 

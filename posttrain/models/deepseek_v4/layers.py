@@ -326,9 +326,9 @@ class HyperConnection(nn.Module):
             "norm_eps": config.rms_norm_eps,
         }
 
-    def forward(self, streams_TND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input of the sub-layer, and the weights that `mhc_post` puts its output back with."""
-        return kernels.mhc_pre(streams_TND, self.fn, self.base, self.scale, **self.constants)
+    def forward(self, streams_TND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Input of the sub-layer, the weights that `mhc_post` puts its output back with, and the streams it takes."""
+        return kernels.mhc_site(streams_TND, self.fn, self.base, self.scale, **self.constants)
 
 
 class Block(nn.Module):
@@ -347,9 +347,9 @@ class Block(nn.Module):
         self, streams_TND: Tensor, tokens_T: Tensor, context: AttentionContext, ropes: dict[str, Rope]
     ) -> Tensor:
         """Streams `[T, n, hidden]` to streams."""
-        x_TH, post_TN, comb_TNN = self.hc_attn(streams_TND)
+        x_TH, post_TN, comb_TNN, streams_TND = self.hc_attn(streams_TND)
         out_TH = self.attn(self.attn_norm(x_TH), context, ropes[self.attn.rope_kind])
         streams_TND = kernels.mhc_post(streams_TND, out_TH, post_TN, comb_TNN)
-        x_TH, post_TN, comb_TNN = self.hc_ffn(streams_TND)
+        x_TH, post_TN, comb_TNN, streams_TND = self.hc_ffn(streams_TND)
         out_TH = self.ffn(self.ffn_norm(x_TH), tokens_T)
         return kernels.mhc_post(streams_TND, out_TH, post_TN, comb_TNN)

@@ -149,7 +149,7 @@ def test_the_models_indexers_get_the_gradient_of_a_reconstruction_in_fp64(all_ca
     total = 0.0
     for layer in (1, 3):
         attention = model.model.layers[layer].attn
-        x, _, rope = inputs[attention.name]
+        x, rope, _ = inputs[attention.name]
         dense = Reconstruction(attention, x, rope)
         expected = dense.divergence(chosen_only=not all_candidates)
         expected.backward()

@@ -1,8 +1,8 @@
 """Forward and backward of a V4-Flash-shaped slice on one GPU: ours against transformers' V4.
 
 `python -m benchmarks.gpu.train_step [--quick]`. Two layers with the true dimensions of V4-Flash (one CSA, one HCA),
-all 256 experts, the whole vocabulary; bf16 weights and gradients, no optimiser. Memory is what a step needs beside
-those.
+all 256 experts, the whole vocabulary; bf16 weights and gradients, no optimiser. A step adds to gradients that are
+there, as every micro-batch after the first does. Memory is what it needs beside weights and gradients.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def random_weights(model: nn.Module) -> None:
 
 def our_model() -> nn.Module:
     """Matrices in bf16; what the released checkpoints keep in fp32 stays so."""
+    from posttrain.kernels.gradients import accumulate_in_place
     from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
     from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 
@@ -65,6 +66,7 @@ def our_model() -> nn.Module:
     for name, buffer in model.named_buffers():
         if name.endswith("bias"):
             buffer.zero_()
+    accumulate_in_place(model)
     return model.train()
 
 

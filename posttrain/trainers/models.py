@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from posttrain.errors import BadInput
 from posttrain.files import atomic_directory
+from posttrain.kernels.gradients import accumulate_in_place
 
 
 def load_model(family: str, path: str | Path) -> PreTrainedModel:
@@ -24,6 +25,8 @@ def load_model(family: str, path: str | Path) -> PreTrainedModel:
         from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 
         model = DeepseekV4ForCausalLM.from_pretrained(path)
+        if torch.cuda.is_available():
+            accumulate_in_place(model)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=None)
     if getattr(model, "generation_config", None) is None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from posttrain.kernels.compiled import differentiable
+from posttrain.kernels.gradients import handed_over, matrix_gradient, owner_of
 from posttrain.kernels.launches import Launcher
 
 BAND = 8
@@ -227,6 +228,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         by_x, by_weight = ctx.needs_input_grad or (False, False)
         ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
+        ctx.owner = owner_of(weight) if by_weight else None
         return product(x, weight)
 
     @staticmethod
@@ -236,7 +238,7 @@ class _Product(torch.autograd.Function):
         if gradient.dim() == 2:
             return (
                 None if weight is None else torch.mm(gradient, weight),
-                None if x is None else torch.mm(gradient.t(), x),
+                None if x is None else matrix_gradient(ctx.owner, gradient, x),
             )
         rows, groups, outer = gradient.shape
         if weight is not None:
@@ -248,7 +250,7 @@ class _Product(torch.autograd.Function):
                 torch.mm(gradient[:, group], weight[group], out=dx[:, group])
             if dweight is not None:
                 torch.mm(gradient[:, group].t(), x[:, group], out=dweight[group])
-        return dx, dweight
+        return dx, handed_over(ctx.owner, dweight)
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:

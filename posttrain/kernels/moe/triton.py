@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from posttrain.kernels.compiled import differentiable
+from posttrain.kernels.gradients import handed_over, matrix_gradient, owner_of, total_of
 from posttrain.kernels.moe.triton_gradient import swiglu_gradient_kernel, weight_gradient_kernel
 from posttrain.kernels.moe.triton_grouped import combine_kernel, gate_up_kernel, multiply_kernel
 from posttrain.kernels.moe.triton_plan import Plan, make_plan, one_expert_plan
@@ -188,10 +189,15 @@ def act_gradient(
     return dweights_TK
 
 
-def weight_gradient(left: Tensor, right: Tensor, plan: Plan, by_token: tuple[bool, bool]) -> Tensor:
-    """`[E, M, N]`, each expert's `leftᵀ · right`; a side is `[T, width]` if it is read by token, else `[S, width]`."""
+def weight_gradient(
+    left: Tensor, right: Tensor, plan: Plan, by_token: tuple[bool, bool], total_EMN: Tensor | None = None
+) -> Tensor:
+    """`[E, M, N]`, each expert's `leftᵀ · right`; a side is `[T, width]` if it is read by token, else `[S, width]`.
+
+    Adds to `total` if that is given, and returns it.
+    """
     m, n = left.shape[1], right.shape[1]
-    out_EMN = left.new_empty(plan.experts, m, n)
+    out_EMN = left.new_empty(plan.experts, m, n) if total_EMN is None else total_EMN
     rows, tiles = WEIGHT_TILES[left.element_size()]
     rows = min(rows, max(16, triton.next_power_of_2(m)))
     sizes = tiles.fitted(n, tiles.inner)
@@ -205,6 +211,7 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan, by_token: tuple[boo
         RIGHT_SLOTS=plan.slots if by_token[1] else 0,
         BLOCK_M=rows,
         DESCRIBED=described,
+        ADD=total_EMN is not None,
         WIDEN=INTERPRETED,
         **sizes,
     )
@@ -252,6 +259,13 @@ def _hidden(
     return hidden_SJ, hidden_SJ, act_SI
 
 
+def _experts_gradient(
+    owner: Tensor | None, left: Tensor, right: Tensor, plan: Plan, by_token: tuple[bool, bool]
+) -> Tensor | None:
+    total_EMN = total_of(owner, left.dtype)
+    return handed_over(owner, weight_gradient(left, right, plan, by_token, total_EMN))
+
+
 class _Experts(torch.autograd.Function):
     """See the module."""
 
@@ -267,7 +281,7 @@ class _Experts(torch.autograd.Function):
         keep = any(ctx.needs_input_grad) and rows * w13.shape[1] * x_TH.element_size() <= KEPT_BYTES
         act_SI, hidden_SJ = gate_up(x_TH, w13, plan, limit, keep)
         ctx.save_for_backward(x_TH, experts_TK, weights_TK, w13, w2, hidden_SJ if keep else None)
-        ctx.plan, ctx.limit = plan, limit
+        ctx.plan, ctx.limit, ctx.owners = plan, limit, (owner_of(w13), owner_of(w2))
         return multiply_and_combine(act_SI, w2, True, plan, experts_TK, weights_TK)
 
     @staticmethod
@@ -280,9 +294,9 @@ class _Experts(torch.autograd.Function):
         by_x, _, _, by_w13, by_w2, _ = ctx.needs_input_grad
         hidden_SJ, dhidden_SJ, act_SI = _hidden(x_TH, w13, kept_SJ, plan, limit)
         dweights_TK = act_gradient(gradient_TH, w2, hidden_SJ, weights_TK, plan, limit, dhidden_SJ, act_SI)
-        dw2 = weight_gradient(gradient_TH, act_SI, plan, (True, False)) if by_w2 else None
+        dw2 = _experts_gradient(ctx.owners[1], gradient_TH, act_SI, plan, (True, False)) if by_w2 else None
         del act_SI
-        dw13 = weight_gradient(dhidden_SJ, x_TH, plan, (False, True)) if by_w13 else None
+        dw13 = _experts_gradient(ctx.owners[0], dhidden_SJ, x_TH, plan, (False, True)) if by_w13 else None
         dx_TH = multiply_and_combine(dhidden_SJ, w13, False, plan, experts_TK, None) if by_x else None
         return dx_TH, None, dweights_TK, dw13, dw2, None
 
@@ -299,7 +313,7 @@ class _Mlp(torch.autograd.Function):
         keep = any(ctx.needs_input_grad) and len(x_TH) * len(gate_up_JH) * x_TH.element_size() <= KEPT_BYTES
         act_TI, hidden_TJ = gate_up(x_TH, gate_up_JH.unsqueeze(0), plan, limit, keep)
         ctx.save_for_backward(x_TH, gate_up_JH, down_HI, hidden_TJ if keep else None)
-        ctx.plan, ctx.limit = plan, limit
+        ctx.plan, ctx.limit, ctx.owners = plan, limit, (owner_of(gate_up_JH), owner_of(down_HI))
         return multiply(act_TI, down_HI.unsqueeze(0), True, plan, slice(0, len(down_HI)))
 
     @staticmethod
@@ -313,8 +327,8 @@ class _Mlp(torch.autograd.Function):
         act_gradient(gradient_TH, down_HI.unsqueeze(0), hidden_TJ, gradient_TH, plan, limit, dhidden_TJ, act_TI)
         return (
             dhidden_TJ @ gate_up_JH if by_x else None,
-            dhidden_TJ.t() @ x_TH if by_gate_up else None,
-            gradient_TH.t() @ act_TI if by_down else None,
+            matrix_gradient(ctx.owners[0], dhidden_TJ, x_TH) if by_gate_up else None,
+            matrix_gradient(ctx.owners[1], gradient_TH, act_TI) if by_down else None,
             None,
         )
 

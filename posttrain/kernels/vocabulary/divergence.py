@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels.gradients import owner_of
 from posttrain.kernels.vocabulary.form import Form, Summary
 from posttrain.kernels.vocabulary.tiles import (
     HeadGradient,
@@ -98,7 +99,7 @@ class Divergence(torch.autograd.Function):
         walk(models, form, slice(0, kept), summary_FN, kept_NV)
         walk(models, form, slice(kept, tokens), summary_FN)
         ctx.save_for_backward(student_NH, head_VH, teacher_NG, teacher_head_VG, kept_NV)
-        ctx.form = form
+        ctx.form, ctx.owner = form, owner_of(head_VH)
         entropy_N = summary_FN[Summary.STUDENT_ENTROPY].clone()
         ctx.mark_non_differentiable(entropy_N)
         return summary_FN[Summary.DIVERGENCE].clone(), entropy_N
@@ -112,7 +113,7 @@ class Divergence(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         groups = list(spans(0, models.tokens, models.group))
         out_NH = torch.empty_like(student_NH) if wants_hidden else None
-        total = HeadGradient(head_VH, len(groups)) if wants_head else None
+        total = HeadGradient(head_VH, len(groups), owner=ctx.owner) if wants_head else None
         for number, group in enumerate(groups):
             if number == 0:
                 gradient_NV = kept_NV
@@ -141,4 +142,6 @@ def summary_and_gradients(
         hidden_gradient(gradient_NV, models.head_VH, out_NH[group])
         head.add(gradient_NV, models.student_NH[group])
         del gradient_NV
-    return summary_FN, out_NH, head.result()
+    head_gradient_VH = head.result()
+    assert head_gradient_VH is not None  # there is no owner
+    return summary_FN, out_NH, head_gradient_VH

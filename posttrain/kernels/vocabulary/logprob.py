@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.compiled import Kernels, run
+from posttrain.kernels.gradients import owner_of
 from posttrain.kernels.linear.op import linear
 from posttrain.kernels.vocabulary import plain
 from posttrain.kernels.vocabulary.tiles import (
@@ -55,7 +56,7 @@ class LogProb(torch.autograd.Function):
         out_3N = kernels.logprob(hidden_NH, head_VH.to(hidden_NH.dtype), tokens_N, inverse_temperature)
         logprob_N, entropy_N, log_mass_N = out_3N.unbind(0)
         ctx.save_for_backward(hidden_NH, head_VH, tokens_N, entropy_N.clone(), log_mass_N.clone())
-        ctx.inverse_temperature, ctx.kernels = inverse_temperature, kernels
+        ctx.inverse_temperature, ctx.kernels, ctx.owner = inverse_temperature, kernels, owner_of(head_VH)
         return logprob_N.clone(), entropy_N.clone()
 
     @staticmethod
@@ -67,7 +68,7 @@ class LogProb(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         groups = list(spans(0, tokens, max(group_tokens(tokens, len(head_VH), hidden_NH.dtype), 1)))
         out_NH = torch.empty_like(hidden_NH) if wants_hidden else None
-        total = HeadGradient(wide_head_VH, len(groups)) if wants_head else None
+        total = HeadGradient(wide_head_VH, len(groups), owner=ctx.owner) if wants_head else None
         for group in groups:
             per_token = tokens_N[group], log_mass_N[group], entropy_N[group], slopes_2N[:, group]
             gradient_NV = _gradient_in_logits(ctx, hidden_NH[group], head_VH, *per_token)

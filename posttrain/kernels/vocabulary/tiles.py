@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.blocks import round_up
+from posttrain.kernels.gradients import handed_over, total_of
 
-LOGIT_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
+LOGIT_BYTES = {"cpu": 4 * 2**20, "cuda": 3 * 2**27}
 """On the CPU so that the passes over a tile stay in its cache; on a GPU so that the products have rows enough."""
 
 GRADIENT_BYTES = 2 * 2**30
@@ -84,23 +85,34 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 class HeadGradient:
     """The sum over groups of tokens of `gradientᵀ · hidden`, `[V, H]`."""
 
-    def __init__(self, head_VH: Tensor, groups: int, total_VH: Tensor | None = None) -> None:
-        """Adds to `total_VH` (fp32) if given. Else a single group writes in the head's dtype, several add in fp32."""
+    def __init__(
+        self, head_VH: Tensor, groups: int, total_VH: Tensor | None = None, owner: Tensor | None = None
+    ) -> None:
+        """Adds to `total_VH` (fp32) if given. Else a single group writes in the head's dtype, several add in fp32.
+
+        An `owner` (see `kernels.gradients`) gets the sum in the end.
+        """
         self._like, self._dtype = head_VH, head_VH.dtype if groups == 1 else torch.float32
+        self._owner, self._single = owner, groups == 1
         self._total_VH, self._given = total_VH, total_VH is not None
 
     def add(self, gradient_NV: Tensor, hidden_NH: Tensor) -> None:
         """Take a group in. Memory is taken at the first, when the tiles of logits have been let go."""
-        if self._total_VH is None:
+        total_VH = total_of(self._owner, hidden_NH.dtype) if self._single else None
+        if total_VH is not None:
+            self._total_VH = total_VH.addmm_(gradient_NV.t(), hidden_NH)
+        elif self._total_VH is None:
             self._total_VH = torch.empty_like(self._like, dtype=self._dtype)
             product(gradient_NV.t(), hidden_NH, self._total_VH)
         else:
             add_product(self._total_VH, gradient_NV.t(), hidden_NH)
 
-    def result(self) -> Tensor:
-        """The sum, in the head's dtype; or the very tensor that it was to be added to."""
+    def result(self) -> Tensor | None:
+        """The sum, in the head's dtype; or the very tensor that it was to be added to. None if an owner has it."""
         if self._total_VH is None:
-            return torch.zeros_like(self._like)
+            return None if self._owner is not None else torch.zeros_like(self._like)
+        if self._owner is not None:
+            return handed_over(self._owner, self._total_VH)
         return self._total_VH if self._given else self._total_VH.to(self._like.dtype)
 
 

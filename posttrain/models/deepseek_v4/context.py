@@ -8,6 +8,7 @@ paged caches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -53,18 +54,20 @@ class PackedContext:
 
     Args:
         cu_seqlens: int64 `[B + 1]`, starts of the sequences and the total; rising from 0. Empty sequences
-            are allowed.
+            are allowed. On the host if possible: otherwise the host waits for it, once.
+        device: of the tokens; default: that of `cu_seqlens`.
     """
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        self.device = cu_seqlens.device
-        self.lengths_B = cu_seqlens.diff()
-        self.total = int(cu_seqlens[-1])
-        if int(cu_seqlens[0]) != 0 or bool((self.lengths_B < 0).any()):
-            raise ValueError(f"cu_seqlens must rise from 0; got {cu_seqlens.tolist()[:20]}")
-        self.starts_B = cu_seqlens[:-1]
-        self.longest = int(self.lengths_B.max()) if len(self.lengths_B) else 0
-        self.sequence_T = torch.repeat_interleave(self.lengths_B)
+    def __init__(self, cu_seqlens: Tensor, device: torch.device | None = None) -> None:
+        self.device = cu_seqlens.device if device is None else device
+        bounds = cu_seqlens.tolist()
+        self._lengths = [end - start for start, end in pairwise(bounds)]
+        if bounds[0] != 0 or min(self._lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0; got {bounds[:20]}")
+        self.total, self.longest = bounds[-1], max(self._lengths, default=0)
+        cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
+        self.lengths_B, self.starts_B = cu_seqlens.diff(), cu_seqlens[:-1]
+        self.sequence_T = torch.repeat_interleave(self.lengths_B, output_size=self.total)
         self.start_T = self.starts_B[self.sequence_T]
         self.positions_T = torch.arange(self.total, device=self.device) - self.start_T
         self._window_rows: dict[int, Tensor] = {}
@@ -85,7 +88,8 @@ class PackedContext:
         """All complete blocks of all sequences, in order."""
         if (rate, overlap) not in self._blocks:
             counts_B = self.lengths_B // rate
-            sequence_E = torch.repeat_interleave(counts_B)
+            entries = sum(length // rate for length in self._lengths)
+            sequence_E = torch.repeat_interleave(counts_B, output_size=entries)
             first_entry_B = counts_B.cumsum(0) - counts_B
             number_E = torch.arange(len(sequence_E), device=self.device) - first_entry_B[sequence_E]
             first_E = number_E * rate

@@ -6,7 +6,7 @@ earlier ones are. The vLLM plugin runs these very modules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,34 @@ class Rope:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin at other positions."""
         return self.cos_PR[positions], self.sin_PR[positions]
+
+    def of_tokens(self, part: slice) -> Rope:
+        """For some of the tokens."""
+        return Rope(self.cos_PR, self.sin_PR, self.cos_TR[part], self.sin_TR[part])
+
+
+@dataclass
+class Past:
+    """Where the tokens of one attention layer find earlier ones, and themselves."""
+
+    window_SD: Tensor
+    """Keys and values of single tokens."""
+    window_rows_TW: Tensor
+    """int64 rows of them for each token, -1 for none."""
+    entries_SD: Tensor | None = None
+    """Compressed keys and values; None in sliding layers."""
+    candidates: kernels.Candidates | None = None
+    keys_SD: Tensor | None = None
+    """The indexer's keys of the same entries; None where there is no indexer."""
+    key_candidates: kernels.Candidates | None = None
+
+    def of_tokens(self, part: slice) -> Past:
+        """For some of the tokens: the same stores, their own rows."""
+        candidates, keys = (
+            None if one is None else one.of_tokens(part.start, part.stop)
+            for one in (self.candidates, self.key_candidates)
+        )
+        return replace(self, window_rows_TW=self.window_rows_TW[part], candidates=candidates, key_candidates=keys)
 
 
 class RopeTables(nn.Module):
@@ -138,27 +166,21 @@ class Indexer(nn.Module):
         rate = config.compress_rates[SPARSE]
         self.compressor = Compressor(config, f"{name}.compressor", self.head_dim, rate, overlap=True)
 
-    def project(
-        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[T, H, D]`, head weights `[T, H]` and keys `[S, D]` of the scores."""
-        keys_SD = self.compressor(x_TH, context, rope)
+    def queries(self, x_TH: Tensor, q_latent_TL: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Queries `[T, H, D]` and head weights `[T, H]` of the scores."""
         q_THD = self.wq_b(q_latent_TL).unflatten(-1, (self.heads, self.head_dim))
         q_THD = kernels.apply_rope(q_THD, rope.cos_TR, rope.sin_TR)
-        weights_TH = self.weights_proj(x_TH).float() * (self.head_dim * self.heads) ** -0.5
-        return q_THD, weights_TH, keys_SD
+        return q_THD, self.weights_proj(x_TH).float() * (self.head_dim * self.heads) ** -0.5
 
     @torch.no_grad()
-    def forward(
-        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope, candidates: kernels.Candidates
-    ) -> Tensor:
-        """Rows of the entries chosen from `candidates` for each token, `[T, K]` in order of position, then -1."""
-        own = context.candidates(self.compressor.name, self.compressor.rate)
-        if own.columns <= self.topk:  # There is nothing to choose, but later tokens will ask for the keys.
-            self.compressor(x_TH, context, rope)
-            return candidates.rows_TE
-        chosen_TK = kernels.index_topk(*self.project(x_TH, q_latent_TL, context, rope), own, self.topk)
-        return F.pad(candidates.rows_of(chosen_TK), (0, round_up(self.topk) - self.topk), value=-1)
+    def forward(self, x_TH: Tensor, q_latent_TL: Tensor, rope: Rope, past: Past) -> Tensor:
+        """Rows of the entries chosen for each token, `[T, K]` in order of position, then -1."""
+        assert past.candidates is not None and past.keys_SD is not None and past.key_candidates is not None
+        own = past.key_candidates
+        if own.columns <= self.topk:  # there is nothing to choose
+            return past.candidates.rows_TE
+        chosen_TK = kernels.index_topk(*self.queries(x_TH, q_latent_TL, rope), past.keys_SD, own, self.topk)
+        return F.pad(past.candidates.rows_of(chosen_TK), (0, round_up(self.topk) - self.topk), value=-1)
 
 
 class Attention(nn.Module):
@@ -186,14 +208,21 @@ class Attention(nn.Module):
         if self.kind == SPARSE:
             self.indexer = Indexer(config, f"{self.name}.indexer")
 
-    def _compressed(
-        self, x_TH: Tensor, q_latent_TL: Tensor, context: AttentionContext, rope: Rope
-    ) -> tuple[Tensor, Tensor]:
-        store = self.compressor(x_TH, context, rope)
+    def remember(self, x_TH: Tensor, context: AttentionContext, rope: Rope) -> Past:
+        """What these tokens leave for later ones, together with what earlier calls left."""
+        kv_TD = kernels.apply_rope(self.kv_norm(self.wkv(x_TH)), rope.cos_TR, rope.sin_TR)
+        window = context.window(self.name, kv_TD, self.width)
+        if self.kind == SLIDING:
+            return Past(*window)
+        entries_SD = self.compressor(x_TH, context, rope)
         candidates = context.candidates(self.compressor.name, self.compressor.rate)
-        if self.kind == SPARSE:
-            return store, self.indexer(x_TH, q_latent_TL, context, rope, candidates)
-        return store, candidates.rows_TE
+        if self.kind != SPARSE:
+            return Past(*window, entries_SD, candidates)
+        compressor = self.indexer.compressor
+        record = recording()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and record is not None and record.indexer):
+            keys_SD = compressor(x_TH.detach(), context, rope)  # detached: nothing but the indexer feels its objective
+        return Past(*window, entries_SD, candidates, keys_SD, context.candidates(compressor.name, compressor.rate))
 
     def _train_indexer(
         self,
@@ -202,31 +231,34 @@ class Attention(nn.Module):
         q_latent_TL: Tensor,
         q_THD: Tensor,
         sources: list[tuple[Tensor, Tensor]],
-        context: AttentionContext,
         rope: Rope,
+        past: Past,
     ) -> None:
         """Leave the indexer's divergence from this attention; its input is detached, so that nothing else feels it."""
-        window, (store, rows_TK) = sources
+        window, (entries_SD, rows_TK) = sources
+        assert past.candidates is not None and past.keys_SD is not None
         if record.all_candidates:
-            rows_TK = context.candidates(self.compressor.name, self.compressor.rate).rows_TE
+            rows_TK = past.candidates.rows_TE
         if rows_TK.shape[1]:
             scale = self.head_dim**-0.5
-            target_TK = attention_target(q_THD, window, (store, rows_TK), self.attn_sink, scale)
-            projected = self.indexer.project(x_TH.detach(), q_latent_TL.detach(), context, rope)
-            record.add_divergence(self.indexer.compressor.name, indexer_loss(*projected, rows_TK, target_TK))
+            target_TK = attention_target(q_THD, window, (entries_SD, rows_TK), self.attn_sink, scale)
+            queries = self.indexer.queries(x_TH.detach(), q_latent_TL.detach(), rope)
+            divergence = indexer_loss(*queries, past.keys_SD, rows_TK, target_TK)
+            record.add_divergence(self.indexer.compressor.name, divergence)
 
-    def forward(self, x_TH: Tensor, context: AttentionContext, rope: Rope) -> Tensor:
-        """`[T, hidden]` to `[T, hidden]`."""
+    def forward(self, x_TH: Tensor, rope: Rope, past: Past) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`; `past` is of these tokens."""
         q_latent_TL = self.q_norm(self.wq_a(x_TH))
         q_THD = kernels.rms_norm(self.wq_b(q_latent_TL).unflatten(-1, (self.heads, self.head_dim)), None, self.eps)
         q_THD = kernels.apply_rope(q_THD, rope.cos_TR, rope.sin_TR)
-        kv_TD = kernels.apply_rope(self.kv_norm(self.wkv(x_TH)), rope.cos_TR, rope.sin_TR)
-        sources = [context.window(self.name, kv_TD, self.width)]
-        if self.kind != SLIDING:
-            sources.append(self._compressed(x_TH, q_latent_TL, context, rope))
+        sources = [(past.window_SD, past.window_rows_TW)]
+        if past.entries_SD is not None and past.candidates is not None:
+            chosen = self.kind == SPARSE
+            rows_TK = self.indexer(x_TH, q_latent_TL, rope, past) if chosen else past.candidates.rows_TE
+            sources.append((past.entries_SD, rows_TK))
         out_THD = kernels.sparse_attention(q_THD, sources, self.attn_sink, self.head_dim**-0.5)
         if self.kind == SPARSE and (record := recording()) is not None and record.indexer:
-            self._train_indexer(record, x_TH, q_latent_TL, q_THD, sources, context, rope)
+            self._train_indexer(record, x_TH, q_latent_TL, q_THD, sources, rope, past)
         out_THD = kernels.apply_rope(out_THD, rope.cos_TR, rope.sin_TR, inverse=True)
         grouped_TGI = out_THD.reshape(len(out_THD), self.groups, -1)
         latent_TGO = kernels.grouped_linear(grouped_TGI, self.wo_a.weight.unflatten(0, (self.groups, -1)))
@@ -275,6 +307,10 @@ class ExpertWeights(nn.Module):
     def matrices(self) -> tuple[Tensor, Tensor]:
         """`w13` and `w2` as tokens meet them."""
         return (self._rounded("w13"), self._rounded("w2")) if self.fp4 else (self.w13, self.w2)
+
+    def forget_rounded(self) -> None:
+        """Have matrices rounded anew that were kept."""
+        self._kept.clear()
 
     def _rounded(self, name: str) -> Tensor:
         """An engine rounds once for each set of weights and keeps the result; everybody else at every call.
@@ -347,9 +383,23 @@ class Block(nn.Module):
         self, streams_TND: Tensor, tokens_T: Tensor, context: AttentionContext, ropes: dict[str, Rope]
     ) -> Tensor:
         """Streams `[T, n, hidden]` to streams."""
-        x_TH, post_TN, comb_TNN, streams_TND = self.hc_attn(streams_TND)
-        out_TH = self.attn(self.attn_norm(x_TH), context, ropes[self.attn.rope_kind])
-        streams_TND = kernels.mhc_post(streams_TND, out_TH, post_TN, comb_TNN)
+        rope = ropes[self.attn.rope_kind]
+        x_TH, *put_back = self.hc_attn(streams_TND)
+        x_TH = self.attn_norm(x_TH)
+        return self._finish(x_TH, put_back, tokens_T, rope, self.attn.remember(x_TH, context, rope))
+
+    def remember(self, streams_TND: Tensor, context: AttentionContext, ropes: dict[str, Rope]) -> Past:
+        """All that tokens of this layer know of one another; the rest is each token's own (`after`)."""
+        x_TH, *_ = self.hc_attn(streams_TND)
+        return self.attn.remember(self.attn_norm(x_TH), context, ropes[self.attn.rope_kind])
+
+    def after(self, streams_TND: Tensor, tokens_T: Tensor, rope: Rope, past: Past) -> Tensor:
+        """`forward` of some of the tokens, once `past` is there: theirs alone."""
+        x_TH, *put_back = self.hc_attn(streams_TND)
+        return self._finish(self.attn_norm(x_TH), put_back, tokens_T, rope, past)
+
+    def _finish(self, x_TH: Tensor, put_back: list[Tensor], tokens_T: Tensor, rope: Rope, past: Past) -> Tensor:
+        post_TN, comb_TNN, streams_TND = put_back
+        streams_TND = kernels.mhc_post(streams_TND, self.attn(x_TH, rope, past), post_TN, comb_TNN)
         x_TH, post_TN, comb_TNN, streams_TND = self.hc_ffn(streams_TND)
-        out_TH = self.ffn(self.ffn_norm(x_TH), tokens_T)
-        return kernels.mhc_post(streams_TND, out_TH, post_TN, comb_TNN)
+        return kernels.mhc_post(streams_TND, self.ffn(self.ffn_norm(x_TH), tokens_T), post_TN, comb_TNN)

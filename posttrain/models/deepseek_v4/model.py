@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from posttrain import kernels
 from posttrain.models.deepseek_v4 import checkpoint as checkpoints
+from posttrain.models.deepseek_v4 import chunks
 from posttrain.models.deepseek_v4.auxiliary import Auxiliary, Record, run_layer
 from posttrain.models.deepseek_v4.context import AttentionContext, PackedContext
 from posttrain.models.deepseek_v4.layers import Block, Gate, HyperConnection, Linear, RMSNorm, RopeTables
@@ -93,11 +94,7 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
             recording = self.auxiliary.record(context)
         with recording as record:
             for layer in self.layers:
-                arguments = record, layer, streams_TND, tokens_T, context, ropes
-                if self.gradient_checkpointing and self.training:
-                    streams_TND = checkpoint(run_layer, *arguments, use_reentrant=False)
-                else:
-                    streams_TND = run_layer(*arguments)
+                streams_TND = self._layer(record, layer, streams_TND, tokens_T, context, ropes)
         collapsed_TD = kernels.mhc_head(
             streams_TND,
             self.hc_head_fn,
@@ -107,6 +104,15 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
             norm_eps=config.rms_norm_eps,
         )
         return self.norm(collapsed_TD)
+
+    def _layer(self, record: Record | None, layer: nn.Module, streams_TND: Tensor, *others: Any) -> Tensor:
+        """With gradient checkpointing keep its input alone, and of a long sequence compute a part at a time."""
+        if not (self.gradient_checkpointing and self.training):
+            return run_layer(record, layer, streams_TND, *others)
+        if record is None and len(streams_TND) > chunks.TOKENS and streams_TND.requires_grad:
+            return chunks.in_chunks(layer, streams_TND, *others)
+        result: Tensor = checkpoint(run_layer, record, layer, streams_TND, *others, use_reentrant=False)
+        return result
 
     def forward(
         self,
@@ -160,7 +166,7 @@ def _packing(
         if bool((positions.flatten()[first] != 0).any()):
             raise ValueError("position_ids must count up from 0 in every packed sequence")
         return None, PackedContext(torch.cat((first, first.new_tensor([batch * length]))))
-    return None, PackedContext(torch.arange(batch + 1, device=input_ids.device) * length)
+    return None, PackedContext(torch.arange(batch + 1) * length, input_ids.device)
 
 
 def _boundaries(lengths_B: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -247,24 +246,6 @@ def test_scratch_in_chunks_of_tokens_gives_the_same_gradients(
     assert torch.equal(dq, expected[1])
     for one, other in zip(stores_and_sink, expected[2:], strict=True):
         assert_close(one, other, 1e-6 if dtype is torch.float32 else 2**-7, "gradient")  # one rounding of the result
-
-
-def test_passes_over_entries_give_the_gradients_of_a_pass_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    indices, inputs = some(torch.bfloat16)
-    slope = normal(*inputs[0].shape).bfloat16()
-    expected = results(indices, *inputs, slope)
-    monkeypatch.setattr(backward, "NARROW", dataclasses.replace(backward.NARROW, entries_for_tokens=64))
-    for one, other in zip(results(indices, *inputs, slope), expected, strict=True):
-        assert_close(one, other, 2**-7, "gradient")  # one rounding of the result
-
-
-def test_entries_that_wait_in_registers_give_the_result_of_those_in_shared_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    indices, inputs = some(torch.bfloat16)
-    expected = alone(indices, *inputs)
-    monkeypatch.setattr(forward, "NARROW", dataclasses.replace(forward.NARROW, ahead=True))
-    assert_close(alone(indices, *inputs), expected, 2**-7, "result")  # one rounding of the result
 
 
 def test_gradients_only_where_asked_for() -> None:

@@ -177,20 +177,13 @@ def set_to(module: Any, name: str, value: object) -> Iterator[None]:
 def variants(tokens: int) -> dict[str, float]:
     """Seconds with other tiles than those in use: what to look at when Triton or the GPU changes."""
     copies, split = forward.NARROW, backward.NARROW
-    ahead = dataclasses.replace(copies, ahead=True)
-    back = dataclasses.replace(split, entries_for_tokens=64)
     trials: dict[str, tuple[Any, str, object]] = {
-        "forward, ahead": (forward, "NARROW", ahead),
-        "forward, ahead, 32 entries": (forward, "NARROW", dataclasses.replace(ahead, entries=32)),
-        "forward, ahead, 16 warps": (forward, "NARROW", dataclasses.replace(ahead, warps=16)),
         "forward": (forward, "NARROW", copies),
         "forward, 16 warps": (forward, "NARROW", dataclasses.replace(copies, warps=16)),
         "forward, 32 entries, 5 stages": (
             *(forward, "NARROW"),
             dataclasses.replace(copies, entries=32, stages=5),
         ),
-        "backward, whole tokens": (backward, "NARROW", back),
-        "backward, whole tokens, 16 warps": (backward, "NARROW", dataclasses.replace(back, warps=16)),
         "backward, chunks of 4 GiB": (backward, "CHUNK_BYTES", 2**32),
         "backward": (backward, "NARROW", split),
         "backward, 64 for queries": (

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.attention import triton_backward
-from posttrain.kernels.attention.triton_ahead import ahead_kernel
 from posttrain.kernels.attention.triton_parts import INTERPRETED, UNITS, Entries, head_tile, places, product, row_width
 from posttrain.kernels.compiled import differentiable
 
@@ -41,13 +40,10 @@ class Tiles:
     stages: int
     stages_wide: int
     """For stores in fp32 beside narrower queries."""
-    ahead: bool = False
-    """Whether `ahead_kernel` takes the place of `forward_kernel`; it has no stages."""
 
 
 # A block's scores read all queries from shared memory, however few entries it has, and its steps wait for each other:
-# 64 entries at once rather than 32 in more stages. Measured, copies in shared memory beat entries that wait in
-# registers (`ahead`): docs/kernels/attention.md.
+# 64 entries at once rather than 32 in more stages. Measured: docs/kernels/attention.md.
 NARROW = Tiles(entries=64, warps=8, stages=3, stages_wide=1)
 SINGLE = Tiles(entries=16, warps=4, stages=1, stages_wide=1)
 
@@ -191,18 +187,15 @@ def attend(q_THD: Tensor, sink_H: Tensor, scale: float, entries: Entries) -> tup
     shape = {"HEADS": heads, "DIM": dim, "TILE": tile, "BLOCK": tiles.entries, "WIDEN": INTERPRETED}
     if not q_THD.numel():
         return out_THD, lse_TH
-    if tiles.ahead:
-        ahead_kernel[grid](*inputs, *numbers, **shape, PIECE=max(16, row_width(dim) // 4), num_warps=tiles.warps)
-    else:
-        forward_kernel[grid](
-            *(*inputs, *numbers),
-            **shape,
-            WIDTH=row_width(dim),
-            STAGES=stages,
-            HIDE_CHAIN=HIDE_CHAIN,
-            num_warps=tiles.warps,
-            num_stages=stages,
-        )
+    forward_kernel[grid](
+        *(*inputs, *numbers),
+        **shape,
+        WIDTH=row_width(dim),
+        STAGES=stages,
+        HIDE_CHAIN=HIDE_CHAIN,
+        num_warps=tiles.warps,
+        num_stages=stages,
+    )
     return out_THD, lse_TH
 
 

@@ -8,7 +8,6 @@ Three passes over chunks of tokens, which bound the memory:
 3. For each row of a store: the sum of the rows of all tokens that read it, in the order of tokens. A stable sort of the
    index gives these lists.
 
-In narrow dtypes one program per token does the first two passes (`tokens_kernel`): its heads are read once.
 
 Counts of operations and bytes, and what else was considered: docs/kernels/attention.md.
 """
@@ -25,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.attention.triton_parts import INTERPRETED, UNITS, Entries, head_tile, product, row_width
-from posttrain.kernels.attention.triton_tokens import tokens_kernel
 
 CHUNK_BYTES = 3 * 2**29
 """Scratch for one chunk of tokens."""
@@ -51,12 +49,6 @@ class Tiles:
     """The same for stores in fp32 beside narrower queries."""
     registers: int | None
     """Limit for a thread of the first pass: with 128, two programs fit on a multiprocessor."""
-    entries_for_tokens: int | None
-    """Entries of one step of `tokens_kernel`, which then takes the place of the first two passes; None for neither."""
-
-    def whole_tokens(self, q_THD: Tensor, entries: Entries) -> bool:
-        """Whether a program takes all of a token: entries in fp32 beside narrow queries would not fit in registers."""
-        return self.entries_for_tokens is not None and not entries.wide_for(q_THD)
 
 
 NARROW = Tiles(
@@ -66,7 +58,6 @@ NARROW = Tiles(
     stages_for_queries=7,
     stages_wide=5,
     registers=128,
-    entries_for_tokens=None,  # measured: slower with 64, see docs/kernels/attention.md
 )
 SINGLE = Tiles(
     *(32, 32, 16),
@@ -75,7 +66,6 @@ SINGLE = Tiles(
     stages_for_queries=1,
     stages_wide=1,
     registers=None,
-    entries_for_tokens=None,
 )
 
 
@@ -278,13 +268,14 @@ def readers(entries: Entries) -> tuple[Tensor, Tensor]:
 def chunk_tokens(tokens: int, columns: int, heads: int, dim: int, dtype: torch.dtype) -> int:
     """Tokens of one chunk, so that its scratch stays within `CHUNK_BYTES`."""
     tile = head_tile(heads, dtype)
-    kept = dim if tiles_for(dtype).entries_for_tokens else tile + dim
-    scratch = columns * (triton.cdiv(heads, tile) * kept * dtype.itemsize + 40)  # 40: sorting an entry's row number
+    scratch = columns * (
+        triton.cdiv(heads, tile) * (tile + dim) * dtype.itemsize + 40
+    )  # 40: sorting an entry's row number
     most = max(1, CHUNK_BYTES // max(scratch, 1))
     return math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
 
 
-def _token_pass(
+def _passes(
     q_THD: Tensor,
     out_THD: Tensor,
     dout_THD: Tensor,
@@ -296,41 +287,8 @@ def _token_pass(
     *,
     for_stores: bool,
 ) -> Tensor:
-    """Both passes of these tokens in one: writes `delta_TH` and `dq_THD`; returns the parts `[T, K, G, D]`."""
-    tokens, heads, dim = q_THD.shape
-    columns = entries.rows_TK.shape[1]
-    tiles, tile = tiles_for(q_THD.dtype), head_tile(heads, q_THD.dtype)
-    groups = triton.cdiv(heads, tile)
-    parts = q_THD.new_empty(tokens, columns, groups, dim) if for_stores else dq_THD
-    tokens_kernel[(tokens, groups)](
-        *(q_THD, dout_THD, out_THD, *entries.stores, entries.rows_TK, entries.counts_T2, lse_TH, delta_TH, dq_THD),
-        *(parts, *entries.strides, entries.columns_a, columns, scale),
-        HEADS=heads,
-        DIM=dim,
-        TILE=tile,
-        TILES=groups,
-        PIECE=max(16, row_width(dim) // 4),
-        BLOCK=tiles.entries_for_tokens,
-        FOR_STORES=for_stores,
-        WIDEN=INTERPRETED,
-        num_warps=tiles.warps,
-    )
-    return parts
-
-
-def _entry_passes(
-    q_THD: Tensor,
-    out_THD: Tensor,
-    dout_THD: Tensor,
-    lse_TH: Tensor,
-    delta_TH: Tensor,
-    dq_THD: Tensor,
-    scale: float,
-    entries: Entries,
-    *,
-    for_stores: bool,
-) -> Tensor:
-    """The same in passes over entries and over tokens, which meet in memory."""
+    """Over the entries of these tokens, then over the tokens: writes `delta_TH` and `dq_THD`; returns the parts
+    `[T, K, G, D]`."""
     tokens, heads, dim = q_THD.shape
     columns = entries.rows_TK.shape[1]
     tiles, tile = tiles_for(q_THD.dtype), head_tile(heads, q_THD.dtype)
@@ -414,13 +372,11 @@ def gradients(
     sums_SD = q_THD.new_zeros(sum(sizes), dim, dtype=torch.float32) if for_stores and any(sizes) else None
     if q_THD.numel():
         step = chunk_tokens(tokens, entries.rows_TK.shape[1], heads, dim, q_THD.dtype)
-        whole = tiles_for(q_THD.dtype).whole_tokens(q_THD, entries)
-        passes = _token_pass if whole else _entry_passes
         for start in range(0, tokens, step):
             part = slice(start, min(start + step, tokens))
             mine = entries.tokens(part)
             tensors = q_THD[part], out_THD[part], dout_THD[part], lse_TH[part], delta_TH[part], dq_THD[part]
-            parts_TKGD = passes(*tensors, float(scale), mine, for_stores=sums_SD is not None)
+            parts_TKGD = _passes(*tensors, float(scale), mine, for_stores=sums_SD is not None)
             if sums_SD is not None and mine.rows_TK.shape[1]:
                 _add_rows(parts_TKGD, mine, sums_SD)
             del parts_TKGD  # before the next chunk's

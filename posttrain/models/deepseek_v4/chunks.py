@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posttrain.models.deepseek_v4.context import AttentionContext
 from posttrain.models.deepseek_v4.layers import Block, Past, Rope
+from posttrain.models.deepseek_v4.routing import RoutedTokens
 
 TOKENS = 8192
 """Of one chunk. The experts' matrices are read once for each, which so many tokens hide."""
@@ -34,7 +35,7 @@ class _Chunked(torch.autograd.Function):
         ctx: Any,
         streams_TND: Tensor,
         layer: Block,
-        tokens_T: Tensor,
+        tokens_T: Tensor | RoutedTokens,
         context: AttentionContext,
         ropes: dict[str, Rope],
         size: int,
@@ -90,7 +91,7 @@ def _stores(past: Past) -> Iterator[tuple[str, Tensor]]:
 def in_chunks(
     layer: Block,
     streams_TND: Tensor,
-    tokens_T: Tensor,
+    tokens_T: Tensor | RoutedTokens,
     context: AttentionContext,
     ropes: dict[str, Rope],
     size: int = TOKENS,

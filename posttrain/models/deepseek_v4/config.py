@@ -71,6 +71,22 @@ def fp4_experts(config: DeepseekV4Config) -> bool:
     return precision_of(config) == "fp4_experts"
 
 
+def fp4_indexer(config: DeepseekV4Config) -> bool:
+    """Whether the indexers' queries and keys are rounded to MXFP4: a config's field `indexer_precision: fp4`.
+
+    Raises:
+        ValueError: another precision, or heads that MXFP4 cannot divide into groups.
+    """
+    precision = getattr(config, "indexer_precision", None)
+    if precision not in (None, "fp4"):
+        raise ValueError(f"indexer_precision is {precision!r}; expected fp4, or none at all")
+    if precision and config.index_head_dim % FP4_GROUP:
+        raise ValueError(
+            f"index_head_dim is {config.index_head_dim}; indexer_precision fp4 needs a multiple of {FP4_GROUP}"
+        )
+    return precision == "fp4"
+
+
 def rope_dim(config: DeepseekV4Config) -> int:
     """Rotated channels of a head (64 of 512 in the released models)."""
     return int(config.head_dim * config.partial_rotary_factor)

@@ -18,9 +18,10 @@ from posttrain import kernels
 from posttrain.kernels.blocks import round_up
 from posttrain.kernels.quant.op import fake_quantize_mxfp4
 from posttrain.models.deepseek_v4.auxiliary import Record, attention_target, indexer_loss, recording
-from posttrain.models.deepseek_v4.config import fp4_experts, rope_dim
+from posttrain.models.deepseek_v4.config import fp4_experts, fp4_indexer, rope_dim
 from posttrain.models.deepseek_v4.context import AttentionContext
 from posttrain.models.deepseek_v4.presets import SLIDING, SPARSE
+from posttrain.models.deepseek_v4.routing import RoutedTokens, given_experts, token_ids
 
 
 class Linear(nn.Linear):
@@ -123,9 +124,11 @@ class RopeTables(nn.Module):
 class Compressor(nn.Module):
     """Projects tokens and compresses complete blocks of them into single entries (V4 report §2.3.1, §2.3.2)."""
 
-    def __init__(self, config: DeepseekV4Config, name: str, head_dim: int, rate: int, overlap: bool) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, name: str, head_dim: int, rate: int, overlap: bool, fp4: bool = False
+    ) -> None:
         super().__init__()
-        self.name, self.rate, self.overlap, self.head_dim = name, rate, overlap, head_dim
+        self.name, self.rate, self.overlap, self.head_dim, self.fp4 = name, rate, overlap, head_dim, fp4
         width = head_dim * (2 if overlap else 1)
         self.wkv = Linear(config.hidden_size, width)
         self.wgate = Linear(config.hidden_size, width)
@@ -149,12 +152,14 @@ class Compressor(nn.Module):
         kv_EMD, gate_EMD = self._series(blocks.state_EMC)
         entries_ED = self.norm(kernels.compress(kv_EMD, gate_EMD, blocks.valid_EM)).to(x_TH.dtype)
         cos, sin = rope.at(blocks.first_position_E)
-        return context.entries(self.name, kernels.apply_rope(entries_ED, cos, sin), self.rate)
+        entries_ED = kernels.apply_rope(entries_ED, cos, sin)
+        return context.entries(self.name, fake_quantize_mxfp4(entries_ED) if self.fp4 else entries_ED, self.rate)
 
 
 class Indexer(nn.Module):
     """Chooses `index_topk` compressed entries for each token (V4 report eqs. 13-17).
 
+    Keys and queries are rounded to MXFP4 if the config says so (`indexer_precision`), as in V4's QAT (§5.2.1).
     No gradient passes a choice; `Attention` trains the scores by an objective of their own where that is on.
     """
 
@@ -163,13 +168,14 @@ class Indexer(nn.Module):
         self.heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = Linear(config.hidden_size, self.heads)
-        rate = config.compress_rates[SPARSE]
-        self.compressor = Compressor(config, f"{name}.compressor", self.head_dim, rate, overlap=True)
+        rate, self.fp4 = config.compress_rates[SPARSE], fp4_indexer(config)
+        self.compressor = Compressor(config, f"{name}.compressor", self.head_dim, rate, overlap=True, fp4=self.fp4)
 
     def queries(self, x_TH: Tensor, q_latent_TL: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Queries `[T, H, D]` and head weights `[T, H]` of the scores."""
         q_THD = self.wq_b(q_latent_TL).unflatten(-1, (self.heads, self.head_dim))
         q_THD = kernels.apply_rope(q_THD, rope.cos_TR, rope.sin_TR)
+        q_THD = fake_quantize_mxfp4(q_THD) if self.fp4 else q_THD
         return q_THD, self.weights_proj(x_TH).float() * (self.head_dim * self.heads) ** -0.5
 
     @torch.no_grad()
@@ -280,11 +286,15 @@ class Gate(nn.Module):
             # fp32 in an engine of another dtype too: updates of 1e-3 would be lost in bf16
             self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_TH: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TH: Tensor, tokens_T: Tensor | RoutedTokens) -> tuple[Tensor, Tensor]:
         """Experts and weights `[T, k]`."""
         if self.hashed:
-            return kernels.route_hash(x_TH, self.weight, self.tid2eid, tokens_T, self.scaling)
+            return kernels.route_hash(x_TH, self.weight, self.tid2eid, token_ids(tokens_T), self.scaling)
         experts_TK, weights_TK = kernels.route_topk(x_TH, self.weight, self.bias, self.k, self.scaling)
+        given_TK = given_experts(tokens_T, self.layer, experts_TK)
+        if given_TK is not None:  # a table with a row for each token
+            numbers_T = torch.arange(len(given_TK), device=given_TK.device)
+            experts_TK, weights_TK = kernels.route_hash(x_TH, self.weight, given_TK, numbers_T, self.scaling)
         if (record := recording()) is not None:
             record.add_routing(self.layer, x_TH, self.weight, experts_TK)
         return experts_TK, weights_TK
@@ -340,7 +350,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = ExpertWeights((config.n_routed_experts,), *sizes, fp4=fp4_experts(config))
         self.shared_experts = ExpertWeights((), *sizes)
 
-    def forward(self, x_TH: Tensor, tokens_T: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, tokens_T: Tensor | RoutedTokens) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
         experts_TK, weights_TK = self.gate(x_TH, tokens_T)
         routed = kernels.moe_experts(x_TH, experts_TK, weights_TK, *self.experts.matrices(), self.limit)
@@ -380,7 +390,7 @@ class Block(nn.Module):
         self.hc_ffn = HyperConnection(config)
 
     def forward(
-        self, streams_TND: Tensor, tokens_T: Tensor, context: AttentionContext, ropes: dict[str, Rope]
+        self, streams_TND: Tensor, tokens_T: Tensor | RoutedTokens, context: AttentionContext, ropes: dict[str, Rope]
     ) -> Tensor:
         """Streams `[T, n, hidden]` to streams."""
         rope = ropes[self.attn.rope_kind]
@@ -393,12 +403,14 @@ class Block(nn.Module):
         x_TH, *_ = self.hc_attn(streams_TND)
         return self.attn.remember(self.attn_norm(x_TH), context, ropes[self.attn.rope_kind])
 
-    def after(self, streams_TND: Tensor, tokens_T: Tensor, rope: Rope, past: Past) -> Tensor:
+    def after(self, streams_TND: Tensor, tokens_T: Tensor | RoutedTokens, rope: Rope, past: Past) -> Tensor:
         """`forward` of some of the tokens, once `past` is there: theirs alone."""
         x_TH, *put_back = self.hc_attn(streams_TND)
         return self._finish(self.attn_norm(x_TH), put_back, tokens_T, rope, past)
 
-    def _finish(self, x_TH: Tensor, put_back: list[Tensor], tokens_T: Tensor, rope: Rope, past: Past) -> Tensor:
+    def _finish(
+        self, x_TH: Tensor, put_back: list[Tensor], tokens_T: Tensor | RoutedTokens, rope: Rope, past: Past
+    ) -> Tensor:
         post_TN, comb_TNN, streams_TND = put_back
         streams_TND = kernels.mhc_post(streams_TND, self.attn(x_TH, rope, past), post_TN, comb_TNN)
         x_TH, post_TN, comb_TNN, streams_TND = self.hc_ffn(streams_TND)

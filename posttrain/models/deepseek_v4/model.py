@@ -24,6 +24,7 @@ from posttrain.models.deepseek_v4 import chunks
 from posttrain.models.deepseek_v4.auxiliary import Auxiliary, Record, run_layer
 from posttrain.models.deepseek_v4.context import AttentionContext, PackedContext
 from posttrain.models.deepseek_v4.layers import Block, Gate, HyperConnection, Linear, RMSNorm, RopeTables
+from posttrain.models.deepseek_v4.routing import RoutedTokens, check_routes, token_ids
 
 
 class DeepseekV4PreTrainedModel(PreTrainedModel):
@@ -79,15 +80,15 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
         """Replace the token embedding."""
         self.embed = value
 
-    def forward_packed(self, tokens_T: Tensor, context: AttentionContext) -> Tensor:
+    def forward_packed(self, tokens_T: Tensor | RoutedTokens, context: AttentionContext) -> Tensor:
         """Hidden states `[T, hidden]` after the mHC collapse and the final norm (what OPD teachers return).
 
         Args:
-            tokens_T: int64 ids of all sequences, packed.
+            tokens_T: int64 ids of all sequences, packed; perhaps with the experts to use.
             context: where each token's past is.
         """
         config = self.config
-        streams_TND = self.embed(tokens_T).unsqueeze(1).repeat(1, config.hc_mult, 1)
+        streams_TND = self.embed(token_ids(tokens_T)).unsqueeze(1).repeat(1, config.hc_mult, 1)
         ropes = {kind: self.ropes(kind, context.positions_T) for kind in ("main", "compress")}
         recording: AbstractContextManager[Record | None] = nullcontext()
         if self.auxiliary is not None and torch.is_grad_enabled() and isinstance(context, PackedContext):
@@ -119,6 +120,7 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        routes: Tensor | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
         """Padded or packed rows.
@@ -127,6 +129,7 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
             input_ids: `[B, S]`.
             attention_mask: `[B, S]`, 0 on padding, which may stand on either side. Positions count real tokens.
             position_ids: without a mask, `[B, S]` positions that restart at 0 where a packed sequence starts.
+            routes: experts to use, `[B, S, layers, k]` of any integer type; -1: the layer's own choice.
 
         Returns:
             `last_hidden_state` `[B, S, hidden]`, zeros on padding.
@@ -134,13 +137,19 @@ class DeepseekV4Model(DeepseekV4PreTrainedModel):
         if input_ids is None:
             raise ValueError("DeepseekV4Model needs input_ids: its first layers route by token id")
         rows_T, context = _packing(input_ids, attention_mask, position_ids)
-        flat = input_ids.flatten()
+        flat: Tensor | RoutedTokens = input_ids.flatten()
+        if routes is not None:
+            config = self.config
+            check_routes(
+                routes, input_ids, config.num_hidden_layers, config.num_experts_per_tok, config.n_routed_experts
+            )
+            flat = RoutedTokens(input_ids.flatten(), routes.flatten(0, 1))
         if rows_T is None:
             return BaseModelOutputWithPast(
                 last_hidden_state=self.forward_packed(flat, context).view(*input_ids.shape, -1)
             )
         hidden_TD = self.forward_packed(flat[rows_T], context)
-        hidden = hidden_TD.new_zeros(flat.shape[0], hidden_TD.shape[-1]).index_copy(0, rows_T, hidden_TD)
+        hidden = hidden_TD.new_zeros(input_ids.numel(), hidden_TD.shape[-1]).index_copy(0, rows_T, hidden_TD)
         return BaseModelOutputWithPast(last_hidden_state=hidden.view(*input_ids.shape, -1))
 
 
@@ -218,13 +227,14 @@ class DeepseekV4ForCausalLM(DeepseekV4PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        routes: Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, S or logits_to_keep, V]` in the weights' dtype, and the mean cross-entropy if labels are given.
 
         Arguments as in `DeepseekV4Model.forward`; labels `[B, S]` hold -100 where there is nothing to predict.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids)
+        outputs = self.model(input_ids, attention_mask, position_ids, routes)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
         hidden = outputs.last_hidden_state[:, kept]

@@ -7,14 +7,14 @@ to fp32, divided by the requests' temperatures as a tensor `[R, 1]`, top-k and t
 begins in memory, which is the same for all rows if the vocabulary is a multiple of 4. So equal logits give equal bits,
 whatever the batch; and logits are equal where hidden states are, as `kernels.linear` is batch-invariant.
 
-`kernels.linear_logprob` is another definition: its logits are never rounded to the model's dtype. In fp32 the two are
-some 1e-6 apart, in bf16 as far as rounding takes the logits (2^-9 of their size).
+`kernels.linear_logprob(rounded=True)` is the same from hidden states, with gradients and without whole logits.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from posttrain.kernels.vocabulary.logprob import log_softmax_of_sampler
 
 
 def sampler_logprobs(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,7 +25,4 @@ def sampler_logprobs(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1
         tokens_N: int64.
         temperature: above 0; top-k and top-p are not applied.
     """
-    logits_NV = logits_NV.float()
-    if temperature != 1:  # by a tensor: torch divides by a plain number in another way
-        logits_NV = logits_NV / torch.full((len(logits_NV), 1), temperature, device=logits_NV.device)
-    return torch.log_softmax(logits_NV, -1).gather(1, tokens_N.unsqueeze(1)).squeeze(1)
+    return log_softmax_of_sampler(logits_NV, temperature).gather(1, tokens_N.unsqueeze(1)).squeeze(1)

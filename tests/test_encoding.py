@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -24,7 +22,9 @@ from posttrain.data.encoding import (
 )
 from posttrain.data.layout import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, THINK_END, THINK_START, USER
 from posttrain.data.tokenizer import CHARACTERS, build_character_tokenizer
+from posttrain.data.v4 import with_tools
 from posttrain.errors import BadInput
+from tests.encoding_kit import WEATHER, load_reference, modes, reference_text
 
 TOKENIZER = build_character_tokenizer()
 SPECIAL_IDS = set(range(len(SPECIAL_TOKENS)))
@@ -34,7 +34,6 @@ ordinary_text = st.text(alphabet=CHARACTERS, max_size=20)
 plain_text = st.text(alphabet=CHARACTERS.replace("<", "").replace("｜", ""), max_size=20)
 disguised_text = st.lists(st.one_of(st.sampled_from([*SPECIAL_TOKENS, "<unk>", "<", "｜"]), ordinary_text), max_size=5)
 disguised_text = disguised_text.map("".join)
-modes = st.sampled_from(["chat", "thinking"])
 any_message = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "user", "assistant"]), "content": ordinary_text},
     optional={"reasoning": ordinary_text},
@@ -51,15 +50,7 @@ def prompts(text):
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    """The encoder that vLLM ships, loaded alone: importing all of vLLM takes long."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        pytest.skip("vLLM is not installed")
-    path = Path(spec.origin).parent / "tokenizers" / "deepseek_v4_encoding.py"
-    module_spec = importlib.util.spec_from_file_location("reference_encoding", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
+    return load_reference()
 
 
 def byte_level_tokenizer(**kwargs: str) -> PreTrainedTokenizerFast:
@@ -94,7 +85,7 @@ def test_the_layout_of_a_simple_prompt():
 @settings(max_examples=300, deadline=None)
 @given(messages=any_conversation, mode=modes)
 def test_every_conversation_renders_as_the_reference_encoder_renders_it(reference, messages, mode):
-    assert render_conversation(messages, mode) == reference.encode_messages(messages, mode)
+    assert render_conversation(messages, mode) == reference_text(reference, messages, mode)
 
 
 @settings(max_examples=200, deadline=None)
@@ -166,8 +157,9 @@ def test_decoding_stops_at_the_end_token_and_shows_other_special_tokens():
     ("messages", "mode", "complaint"),
     [
         ([], "chat", "at least one message"),
-        ([{"role": "user", "content": "a"}], "deep", "'chat' or 'thinking', not 'deep'"),
-        ([{"role": "tool", "content": "a"}], "chat", "message 0: the role is one of system, user, assistant"),
+        ([{"role": "user", "content": "a"}], "deep", "'chat', 'thinking', 'thinking_max', not 'deep'"),
+        ([{"role": "robot", "content": "a"}], "chat", "message 0: the role is one of system, user, assistant, tool"),
+        ([{"role": "user", "content": "\ud800"}], "chat", "message 0: `content` has half of a surrogate pair"),
         ([{"role": "user", "content": None}], "chat", "message 0: `content` is text, not NoneType"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "chat", "a prompt ends with"),
     ],
@@ -189,6 +181,8 @@ def test_another_familys_chat_template_is_used_if_it_has_one():
     assert tokenizer.decode(completion_ids) == "answers<|end|>"
     with pytest.raises(BadInput, match="need a tokenizer with V4's tokens"):
         encode_example(tokenizer, [{"role": "user", "content": "a"}], "b", "thinking")
+    with pytest.raises(BadInput, match="message 0: tools and V4's other roles need"):
+        encode_prompt(tokenizer, with_tools([{"role": "user", "content": "a"}], [WEATHER]))
 
 
 def test_a_chat_template_that_refuses_is_bad_input():

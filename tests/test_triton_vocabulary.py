@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.gpu.vocabulary import trl_file, trl_kernels
-from posttrain.kernels import divergence_gradients, linear_divergence, linear_logprob
+from posttrain.kernels import divergence_gradients, linear, linear_divergence, linear_logprob
 from posttrain.kernels.backend import Backend
 from posttrain.kernels.vocabulary import oracle, tiles
 from posttrain.kernels.vocabulary.op import BETA, DivergenceGradients, DivergenceKind
+from rollouts.logprobs import sampler_logprobs
 from tests.triton_kit import BOUNDS, DEVICE, assert_agrees, assert_close, normal, running
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -217,6 +218,47 @@ def test_a_logprob_depends_on_no_other_token(path: Backend, dtype: torch.dtype, 
         assert torch.equal(tracked[which], expected_N)
         assert torch.equal(torch.cat([one[which] for one in alone]), expected_N[::35])
         assert torch.equal(torch.cat([one[which] for one in parts]), expected_N)
+
+
+ROUNDED: list[tuple[Backend, torch.dtype]] = [("triton", FP32), ("triton", BF16), ("compiled", FP32)]
+"""The CPU's kernels compute in fp32 whatever comes."""
+
+
+@pytest.mark.parametrize(("path", "dtype"), [one for one in ROUNDED if one[0] in PATHS])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rounded_logprobs_are_the_samplers_bit_for_bit(path: Backend, dtype: torch.dtype, temperature: float) -> None:
+    torch.manual_seed(0)
+    hidden_NH, head_VH, *_ = inputs_of(12, 300, dtype=dtype)
+    tokens_N = tokens_of(12, 300)
+    with running(path):
+        whole_N = linear_logprob(hidden_NH, head_VH, tokens_N, temperature, rounded=True)[0]
+        logits = [linear(hidden_NH[n : n + 1], head_VH) for n in range(12)]
+        never_N = linear_logprob(hidden_NH, head_VH, tokens_N, temperature)[0]
+    alone = [sampler_logprobs(one, tokens_N[n : n + 1], temperature) for n, one in enumerate(logits)]
+    assert torch.equal(whole_N, torch.cat(alone))
+    assert_close(whole_N, never_N, 1e-5 if dtype is FP32 else 1e-2, "unrounded")
+
+
+@pytest.mark.parametrize(("path", "dtype"), [one for one in ROUNDED if one[0] in PATHS])
+def test_rounded_logprobs_have_the_gradients_of_dense_rounded_logits(
+    path: Backend, dtype: torch.dtype, small_tiles: None
+) -> None:
+    torch.manual_seed(0)
+    inputs, tokens_N, weights_N = inputs_of(12, 300, dtype=dtype)[:2], tokens_of(12, 300), torch.rand(12).to(DEVICE)
+    tracked = [one.detach().clone().requires_grad_() for one in inputs]
+    hidden_NH, head_VH = double = [one.detach().double().requires_grad_() for one in inputs]
+    with running(path):
+        logprob_N, entropy_N = linear_logprob(*tracked, tokens_N, 0.7, rounded=True)
+        (logprob_N * weights_N + entropy_N).sum().backward()
+        rounded_NV = linear(*inputs)
+    logits_NV = hidden_NH @ head_VH.T
+    logits_NV = logits_NV + (rounded_NV - logits_NV).detach()
+    log_p_NV = (logits_NV / 0.7).log_softmax(-1)
+    exact_N = log_p_NV.gather(1, tokens_N[:, None]).squeeze(1)
+    (exact_N * weights_N - (log_p_NV.exp() * log_p_NV).sum(-1)).sum().backward()
+    for one, other in zip(tracked, double, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert_close(one.grad, other.grad, BOUNDS[dtype], "gradient")
 
 
 @pytest.mark.parametrize("path", PATHS)

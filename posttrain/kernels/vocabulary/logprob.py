@@ -46,17 +46,50 @@ class OnCpu:
         return out_3N
 
 
+def log_softmax_of_sampler(logits_NV: Tensor, temperature: float) -> Tensor:
+    """fp32 `[N, V]`, by the operations of vLLM's sampler (`vllm/v1/sample/sampler.py`): equal logits, equal bits."""
+    logits_NV = logits_NV.float()
+    if temperature != 1:  # by a tensor: torch divides by a plain number in another way
+        logits_NV = logits_NV / torch.full((len(logits_NV), 1), temperature, device=logits_NV.device)
+    return torch.log_softmax(logits_NV, -1)
+
+
+def rounded_logprob(hidden_NH: Tensor, head_VH: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
+    """What `OnCpu.logprob` gives, from logits that are rounded to the hidden states' dtype, as an engine has them."""
+    out_3N = hidden_NH.new_empty(3, len(hidden_NH), dtype=torch.float32)
+    for tile in spans(0, len(hidden_NH), tile_tokens(len(head_VH), hidden_NH.device)):
+        logits_NV = linear(hidden_NH[tile], head_VH)
+        log_p_NV = log_softmax_of_sampler(logits_NV, temperature)
+        columns_N1 = tokens_N[tile].unsqueeze(1)
+        logprob_N = log_p_NV.gather(1, columns_N1).squeeze(1)
+        out_3N[0, tile] = logprob_N
+        out_3N[1, tile] = -(log_p_NV.exp() * log_p_NV).sum(-1)
+        out_3N[2, tile] = logits_NV.gather(1, columns_N1).squeeze(1).float() / temperature - logprob_N
+    return out_3N
+
+
 class LogProb(torch.autograd.Function):
     """Saves two numbers a token."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, head_VH: Tensor, tokens_N: Tensor, inverse_temperature: float, kernels: Any
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        tokens_N: Tensor,
+        temperature: float,
+        kernels: Any,
+        rounded: bool,
     ) -> tuple[Tensor, Tensor]:
-        out_3N = kernels.logprob(hidden_NH, head_VH.to(hidden_NH.dtype), tokens_N, inverse_temperature)
+        inverse_temperature, head = 1 / temperature, head_VH.to(hidden_NH.dtype)
+        if rounded:
+            out_3N = rounded_logprob(hidden_NH, head, tokens_N, temperature)
+        else:
+            out_3N = kernels.logprob(hidden_NH, head, tokens_N, inverse_temperature)
         logprob_N, entropy_N, log_mass_N = out_3N.unbind(0)
         ctx.save_for_backward(hidden_NH, head_VH, tokens_N, entropy_N.clone(), log_mass_N.clone())
-        ctx.inverse_temperature, ctx.kernels, ctx.owner = inverse_temperature, kernels, owner_of(head_VH)
+        ctx.inverse_temperature, ctx.kernels, ctx.rounded = inverse_temperature, kernels, rounded
+        ctx.owner = owner_of(head_VH)
         return logprob_N.clone(), entropy_N.clone()
 
     @staticmethod
@@ -77,7 +110,7 @@ class LogProb(torch.autograd.Function):
             if total is not None:
                 total.add(gradient_NV, hidden_NH[group])
             del gradient_NV
-        return out_NH, None if total is None else total.result(), None, None, None
+        return out_NH, None if total is None else total.result(), None, None, None, None
 
 
 def _gradient_in_logits(
@@ -96,7 +129,10 @@ def _gradient_in_logits(
     out_NV = matrix(tokens, vocabulary, dtype=hidden_NH.dtype, device=device)
     for tile in spans(0, tokens, size):
         logits_NV = buffer_NV[: tile.stop - tile.start]
-        product(hidden_NH[tile], head_VH.t(), logits_NV)
+        if ctx.rounded:  # the very logits of the forward pass
+            logits_NV.copy_(linear(hidden_NH[tile], head_VH))
+        else:
+            product(hidden_NH[tile], head_VH.t(), logits_NV)
         per_token = tokens_N[tile], log_mass_N[tile], entropy_N[tile], slopes_2N[:, tile]
         ctx.kernels.logprob_gradient(logits_NV, *per_token, ctx.inverse_temperature, out_NV[tile])
     return out_NV

@@ -28,18 +28,21 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear_logprob(
-    hidden_NH: Tensor, head_VH: Tensor, tokens_N: Tensor, temperature: float = 1.0
+    hidden_NH: Tensor, head_VH: Tensor, tokens_N: Tensor, temperature: float = 1.0, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`log softmax(hidden · headᵀ / temperature)` at one token of each row, and the entropy of each row, in nats.
 
     A row is bitwise the same in every call, alone or among others: a sampler and a trainer that both call this on
-    equal states and heads report equal numbers. Logits are never rounded below fp32.
+    equal states and heads report equal numbers. Logits are not rounded below fp32 unless `rounded` asks for it.
 
     Args:
         hidden_NH: `[N, H]`, last hidden states after the final norm.
         head_VH: `[V, H]`; converted to the states' dtype where it has another.
         tokens_N: `[N]`, int64, each in `[0, V)`.
         temperature: above 0.
+        rounded: from logits in the states' dtype, by the operations of vLLM's sampler: exactly what an engine with
+            this op table reports for a token that it sampled, in any dtype. (The entropy's last bits may then depend on
+            the number of rows.)
 
     Returns:
         Log-probability and entropy, `[N]`, fp32. Both have gradients in hidden states and head.
@@ -68,7 +71,7 @@ def linear_logprob(
         _expect_triton(op, "hidden", hidden_NH)
     kernels = OnCpu if backend == "compiled" else triton
     inputs = hidden_NH.contiguous(), head_VH.contiguous(), tokens_N.contiguous()
-    return differentiable(LogProb, *inputs, 1 / temperature, kernels)
+    return differentiable(LogProb, *inputs, temperature, kernels, rounded)
 
 
 def linear_divergence(

@@ -1,0 +1,26 @@
+"""Conversations of several turns: environments, tools, episodes as tokens. Importing this loads no heavy library."""
+
+from rollouts.environments.calculator import calculator
+from rollouts.environments.driver import Generate, client_generator, run_episodes
+from rollouts.environments.episode import Episode, Limits, Span
+from rollouts.environments.problems import SingleTurn, ToolUse
+from rollouts.environments.protocol import Environment, Observation
+from rollouts.environments.tools import Tool, ToolError, function_tool, schema_tool
+
+__all__ = [
+    "Environment",
+    "Episode",
+    "Generate",
+    "Limits",
+    "Observation",
+    "SingleTurn",
+    "Span",
+    "Tool",
+    "ToolError",
+    "ToolUse",
+    "calculator",
+    "client_generator",
+    "function_tool",
+    "run_episodes",
+    "schema_tool",
+]

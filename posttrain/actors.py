@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-KINDS = {"TrainerActor": "a trainer", "RolloutWorker": "a rollout worker", "TeacherWorker": "a teacher"}
+KINDS = {
+    "TrainerActor": "a trainer",
+    "RolloutWorker": "a rollout worker",
+    "RolloutService": "the rollout service",
+    "TeacherWorker": "a teacher",
+}
 
 
 def describe_death(error: Exception) -> str:

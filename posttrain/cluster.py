@@ -51,8 +51,7 @@ class Cluster:
         """All rollout workers, or those of one slot."""
         if self.pool is None:
             raise RunFailed("the rollout workers have not been started")
-        workers = self.recipe.cluster.rollout_workers
-        return self.pool.client(None if slot is None else range(slot, workers, self.slots))
+        return self.pool.client() if slot is None else self.pool.client(slot, self.slots)
 
     def teachers(self) -> TeacherPool:
         """The teacher workers, started when they are first asked for."""
@@ -222,4 +221,5 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
         cluster.trainers = [actor.remote(slot, recipe_json, str(run_directory)) for slot in range(settings.trainers)]
     kind = engine_kind(recipe.model.family, recipe.rollout)
     engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads, recipe.model.kernels)
-    cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker)
+    log = run_directory / "rollouts" if run_directory is not None else None
+    cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker, log)

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import struct
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import BadInput, RunFailed
-from rollouts.settings import EngineSettings, check_prompts, read_eos_token_ids
-from rollouts.types import Completion, Sampling
+from rollouts.routes import KEY as ROUTES_KEY
+from rollouts.routes import joined_routes
+from rollouts.settings import EngineInfo, EngineSettings, check_prompts, read_eos_token_ids, request_problem
+from rollouts.types import Completion, NewTokens, SampleRequest, Sampling
+from rollouts.weights import checksum_of, shown
 
 if TYPE_CHECKING:
     import torch
-    from vllm import SamplingParams
-    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.outputs import RequestOutput
 
     from rollouts.loading import Verification
+    from rollouts.routes import RouteCapture
 
 SCORING_TEMPERATURE = 1.0
 """vLLM computes the log-probabilities of prompt tokens from the raw logits, whatever the temperature."""
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What the other side needs to know of an engine that is ready."""
-
-    vocab_size: int
-    max_model_len: int
-    start_seconds: float
 
 
 class Engine:
@@ -60,64 +55,147 @@ class Engine:
             register()
         from vllm import LLM
 
+        from rollouts.loading import standing_weights
+
         self.settings = settings
         self.version: int | None = None
         self._highest_version = -1
         self._eos_token_ids = read_eos_token_ids(settings.description)
+        self._samples: dict[str, SampleRequest] = {}
+        self._routes: RouteCapture | None = None
+        # vLLM collects garbage again and again while it starts, through all that was imported (1.3 s).
+        gc.freeze()
         self._llm = LLM(**_engine_arguments(settings))
+        self._weights = standing_weights(self._llm, settings.kind, settings.description)
         self.info = EngineInfo(
             vocab_size=self._llm.model_config.get_vocab_size(),
             max_model_len=self._llm.model_config.max_model_len,
             start_seconds=time.monotonic() - begin,
         )
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> Verification:
-        """Replace all weights, verify them in place, forget every cached prefix.
+    def load_weights(
+        self, weights: Mapping[str, torch.Tensor], version: int, checksums: Mapping[str, str] | None = None
+    ) -> Verification:
+        """Replace the weights, verify them in place, forget every cached prefix.
+
+        Samples in progress go on under the new weights, which compute the caches of their tokens so far anew.
 
         Args:
-            weights: Name → tensor, complete: our own model's state dict (`native`) or the checkpoint's names (`vllm`).
+            weights: Name → tensor: our own model's state dict (`native`) or the checkpoint's names (`vllm`). Complete,
+                or with `checksums` at least what `lacking` names.
             version: Higher than every version before.
+            checksums: Of all weights (`rollouts.weights.checksum_of`); default: they are taken here.
 
         Raises:
             RunFailed: names or shapes that do not fit, an engine that does not hold what it was sent, or a version
                 that is not higher. After a failed load the engine serves nothing until the next good one.
         """
-        from rollouts.loading import load_native, load_vllm
-
         if version <= self._highest_version:
             raise RunFailed(f"weights of version {version} after version {self._highest_version}: versions must grow")
         self.version = None
-        if self.settings.kind == "native":
-            verification = self._llm.apply_model(lambda model: load_native(model, weights))[0]
-        else:
-            verification = load_vllm(self._llm, Path(self.settings.description), weights)
+        self._llm.llm_engine.abort_request(list(self._samples))
+        if checksums is None:
+            checksums = {name: checksum_of(tensor) for name, tensor in weights.items()}
+        verification = self._weights.load(weights, checksums)
         if not self._llm.reset_prefix_cache():
             raise RunFailed("the engine could not drop its prefix cache: it would mix two versions of the weights")
         self.version = self._highest_version = version
+        for sample in self._samples.values():
+            self._enter(sample)
         return verification
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, first_index: int = 0) -> list[list[Completion]]:
-        """Sample `sampling.n` completions of each prompt.
+    def lacking(self, checksums: Mapping[str, str]) -> set[str]:
+        """Names of the tensors that `load_weights` needs to bring the engine to weights of these checksums."""
+        return self._weights.lacking(checksums)
 
-        What is sampled for a prompt depends on the weights, the prompt, `sampling` and the prompt's global index
-        (`first_index` + row), and on nothing else: not on the engine, the split or what else is in the batch.
+    def audit(self) -> None:
+        """Compare the weights in the engine's memory with those that were loaded and verified.
+
+        Raises:
+            RunFailed: a bit of them has changed. The engine then serves nothing until a good load; best replace it.
+        """
+        if self.version is not None and (changed := self._weights.audit()):
+            version, self.version = self.version, None
+            raise RunFailed(f"weights of version {version} have changed in the engine's memory: {shown(changed)}")
+
+    @property
+    def samples(self) -> Mapping[str, SampleRequest]:
+        """The samples in progress, with their tokens so far."""
+        return self._samples
+
+    def add(self, request: SampleRequest) -> None:
+        """Take in a sample, fresh or resumed; it runs from the next step on, or once there are weights.
+
+        Its next token depends on the weights, prompt, tokens so far, `request.sampling` and `request.seed`, and on
+        nothing else: not on the engine, nor on what else it samples, nor on an interruption.
+
+        Raises:
+            BadInput: a prompt that cannot be served, a stop token outside the vocabulary, or routes of a model that
+                does not return them.
+        """
+        if request.sampling.routes:
+            self._watch_routes()
+        if problem := request_problem(request.prompt_ids, request.sampling, self.info):
+            raise BadInput(f"the prompt of request {request.id} {problem}")
+        # A copy: it grows with every step.
+        sample = replace(request, token_ids=list(request.token_ids))
+        if self.version is not None:
+            self._enter(sample)
+        self._samples[sample.id] = sample
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """Forget samples; unknown ids are fine."""
+        known = [sample_id for sample_id in ids if self._samples.pop(sample_id, None)]
+        self._llm.llm_engine.abort_request(known)
+        if self._routes is not None:
+            self._routes.forget(known)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        return self.version is not None and bool(self._samples)
+
+    def step(self) -> list[NewTokens]:
+        """One step of continuous batching: a token for each running sample whose prompt is in the cache."""
+        assert self.version is not None
+        steps = []
+        outputs = self._llm.llm_engine.step()
+        if self._routes is not None:
+            self._routes.collect()
+        for output in outputs:
+            new = _new_tokens(output, len(self._samples[output.request_id].token_ids), self.version)
+            self._samples[new.id].token_ids.extend(new.token_ids)
+            if self._routes is not None:
+                new.routes = self._routes.take(new.id)
+            if new.finish_reason is not None:
+                del self._samples[new.id]
+                if self._routes is not None:
+                    self._routes.forget([new.id])
+            steps.append(new)
+        return steps
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Sample `sampling.n` completions of each prompt, in this thread.
+
         At temperature 0 the most likely token is taken, and the log-probabilities are those of temperature 1.
 
         Raises:
-            BadInput: a prompt that cannot be served (the message names its index).
+            BadInput: a prompt that cannot be served (the message names its row).
             RunFailed: no weights yet.
         """
-        from vllm.inputs import TokensPrompt
-
         version = self._require_weights()
-        check_prompts(prompts, sampling.max_tokens, self.info.max_model_len, self.info.vocab_size, first_index)
-        requests, params = [], []
-        for index, prompt in enumerate(prompts, start=first_index):
-            for sample in range(sampling.n):
-                requests.append(TokensPrompt(prompt_token_ids=prompt))
-                params.append(self._sampling_params(sampling, index, sample))
-        outputs = self._llm.generate(requests, params, use_tqdm=False)
-        completions = [_completion(output.outputs[0], version) for output in outputs]
+        check_prompts(prompts, sampling.max_tokens, self.info.max_model_len, self.info.vocab_size)
+        parts: dict[str, list[NewTokens]] = {}
+        for row, prompt in enumerate(prompts):
+            for number in range(sampling.n):
+                seed = request_seed(sampling.seed, row, number)
+                parts[f"{row}#{number}"] = []
+                self.add(SampleRequest(f"{row}#{number}", prompt, [], sampling, seed))
+        while self._samples:
+            for new in self.step():
+                parts[new.id].append(new)
+        lengths = [len(prompt) for prompt in prompts for _ in range(sampling.n)]
+        completions = [_joined(*sample, version) for sample in zip(parts.values(), lengths, strict=True)]
         return [completions[start : start + sampling.n] for start in range(0, len(completions), sampling.n)]
 
     def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
@@ -150,7 +228,14 @@ class Engine:
             )
             for completion in completions
         ]
-        outputs = self._llm.generate([TokensPrompt(prompt_token_ids=text) for text in texts], params, use_tqdm=False)
+        prompts_given = [TokensPrompt(prompt_token_ids=text) for text in texts]
+        # vLLM would step the samples in progress as well, and drop their tokens.
+        self._llm.llm_engine.abort_request(list(self._samples))
+        try:
+            outputs = self._llm.generate(prompts_given, params, use_tqdm=False)
+        finally:
+            for sample in self._samples.values():
+                self._enter(sample)
         return [_scores(*row) for row in zip(outputs, prompts, completions, strict=True)]
 
     def _require_weights(self) -> int:
@@ -158,19 +243,41 @@ class Engine:
             raise RunFailed("the engine has no weights: publish some before asking it to generate or score")
         return self.version
 
-    def _sampling_params(self, sampling: Sampling, prompt_index: int, sample_index: int) -> SamplingParams:
-        from vllm import SamplingParams
+    def _watch_routes(self) -> None:
+        from rollouts.routes import RouteCapture
 
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
+        if self.settings.kind != "native":
+            raise BadInput(
+                "routes can be had from rollout.engine: native alone; vLLM returns those of its own models only with "
+                "its second model runner, which samples by random numbers that depend on the batch"
+            )
+        if self._routes is None:
+            runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            self._routes = self._llm.apply_model(lambda model: RouteCapture(model, runner))[0]
+
+    def _enter(self, sample: SampleRequest) -> None:
+        """Hand a sample to vLLM, whose prompt then is everything so far."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = sample.sampling
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens - len(sample.token_ids),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=request_seed(sampling.seed, prompt_index, sample_index),
-            stop_token_ids=self._eos_token_ids,
+            seed=sample.seed,
+            stop_token_ids=[*self._eos_token_ids, *sampling.stop_token_ids],
             logprobs=0,
             detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
             skip_clone=True,
+            # What comes out of the prefix cache passes no router.
+            skip_reading_prefix_cache=sampling.routes,
+            extra_args={ROUTES_KEY: sample.id} if sampling.routes else None,
         )
+        prompt = TokensPrompt(prompt_token_ids=[*sample.prompt_ids, *sample.token_ids])
+        self._llm.llm_engine.add_request(sample.id, prompt, params)
 
 
 def request_seed(seed: int, prompt_index: int, sample_index: int) -> int:
@@ -197,15 +304,16 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "enable_chunked_prefill": True,
         "enable_prefix_caching": True,
+        # The tokens of a step are known when it returns: so weights can be swapped between two steps.
+        "async_scheduling": False,
         # Without this two engines on one machine would each claim most of its memory.
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         # The default reports log-probabilities before the temperature is applied.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "worker_cls": "rollouts.counter_worker.CounterWorker",
     }
-    if current_platform.is_cpu():
-        arguments["worker_cls"] = "rollouts.cpu_worker.SeedSafeCPUWorker"
-    else:
+    if not current_platform.is_cpu():
         # The caches' size is given; this only says how much must be free at the start, beside a trainer perhaps.
         arguments["gpu_memory_utilization"] = 0.05
         # It would try kernels that our model does not call.
@@ -224,12 +332,20 @@ def check_context(settings: EngineSettings) -> None:
         )
 
 
-def _completion(output: CompletionOutput, version: int) -> Completion:
-    token_ids = list(output.token_ids)
-    if output.finish_reason not in ("stop", "length") or output.logprobs is None:
-        raise RunFailed(f"vLLM ended a request with {output.finish_reason!r} instead of `stop` or `length`")
-    logprobs = [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)]
-    return Completion(token_ids, logprobs, output.finish_reason, version)
+def _new_tokens(output: RequestOutput, position: int, version: int) -> NewTokens:
+    part = output.outputs[0]
+    token_ids = list(part.token_ids)
+    if part.finish_reason not in (None, "stop", "length") or part.logprobs is None:
+        raise RunFailed(f"vLLM ended request {output.request_id} with {part.finish_reason!r}, not `stop` or `length`")
+    logprobs = [entry[token].logprob for entry, token in zip(part.logprobs, token_ids, strict=True)]
+    return NewTokens(output.request_id, position, token_ids, logprobs, version, part.finish_reason)
+
+
+def _joined(steps: list[NewTokens], prompt_tokens: int, version: int) -> Completion:
+    token_ids = [token for step in steps for token in step.token_ids]
+    logprobs = [value for step in steps for value in step.logprobs]
+    completion = Completion.of_version(token_ids, logprobs, str(steps[-1].finish_reason), version)
+    return replace(completion, routes=joined_routes([step.routes for step in steps], prompt_tokens))
 
 
 def _scores(output: RequestOutput, prompt: list[int], completion: list[int]) -> list[float]:

@@ -1,30 +1,34 @@
 """Weights into a running engine, and the proof that they are what stands there.
 
-The two kinds of engine take weights in two ways. Our own model keeps plain tensors: copy by name, then compare
-every byte. vLLM's own models fuse and prepack their matrices on the CPU, so they need vLLM's layer-wise reload (a
-plain `load_weights` fails), which only logs a warning when something is missing: hence coverage is checked by name
-beforehand, and afterwards each matrix is compared where it can be read, or probed where it was packed away.
+The two kinds of engine take weights in two ways. Our own model keeps plain tensors: what changed is copied by name,
+then the checksum of every tensor in the engine is compared with that of what was sent. vLLM's own models fuse their
+matrices and pack them away on the CPU, so they need vLLM's layer-wise reload (a plain `load_weights` fails), which
+only logs a warning when something is missing: coverage is checked by name beforehand, and afterwards each parameter
+is read back (`rollouts.vllm_weights`).
+
+Either keeps checksums of what it found, so that an audit later finds a bit that fell over in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from posttrain.errors import RunFailed
-from rollouts.weights import check_coverage, shown
+from posttrain.errors import BadInput, RunFailed
+from rollouts.weights import check_coverage, checksum_of, iterate_safetensors, shown
 
 if TYPE_CHECKING:
+    import torch
     from vllm import LLM
 
-PROBE_ROWS = 2
-PROBE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Largest error of a probed product, relative to the product of absolute values: some 100 units of rounding in
-fp32, 4 in bf16 and fp16 (whose products are rounded once, after fp32 accumulation)."""
+    from rollouts.settings import EngineKind
+
+OnModel = Callable[[Callable[["torch.nn.Module"], Any]], Any]
+"""Calls a function with the engine's model, in the engine's process, and returns what it returns."""
 
 
 @dataclass
@@ -32,102 +36,158 @@ class Verification:
     """What was found in the engine after a load."""
 
     verified: int = 0
-    """Parameters whose content was compared."""
+    """Tensors whose content was compared."""
     unverified: list[str] = field(default_factory=list)
-    """Parameters that have no counterpart by name to compare with (fused in a way not known here)."""
+    """Tensors that have no counterpart by name to compare with (fused in a way not known here)."""
     wrong: list[str] = field(default_factory=list)
 
+    def accepted(self) -> Verification:
+        """Itself. Raises RunFailed if anything is wrong."""
+        if self.wrong:
+            raise RunFailed(f"the engine's weights are not the ones it was sent: {shown(self.wrong)}")
+        return self
 
-def load_native(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Verification:
-    """Load our own model, whose `load_weights` copies by name, and compare every tensor bit by bit.
+
+class StandingWeights(Protocol):
+    """The weights that stand in an engine."""
+
+    def lacking(self, checksums: Mapping[str, str]) -> set[str]:
+        """Names of the tensors that `load` needs to bring the engine to weights of these checksums."""
+
+    def load(self, weights: Mapping[str, torch.Tensor], checksums: Mapping[str, str]) -> Verification:
+        """Load tensors, and compare everything that then stands in the engine with what it should be.
+
+        Args:
+            weights: Name → tensor, those that `lacking` names at least.
+            checksums: Of all weights.
+
+        Raises:
+            RunFailed: names or shapes that do not fit, or tensors in the engine that are not those that were sent.
+        """
+
+    def audit(self) -> list[str]:
+        """Names of the tensors that have changed since they were loaded and verified; then all are lacking."""
+
+
+class NativeWeights:
+    """Of our own model, whose `load_weights` copies by name into parameters and buffers."""
+
+    def __init__(self, on_model: OnModel) -> None:
+        self._on_model = on_model
+        self._sent: Mapping[str, str] = {}
+        """Checksums of the tensors as they were sent; empty when what stands in the engine is not known."""
+        self._standing: dict[str, str] = {}
+        """The same tensors as they stand: others than sent where the engine has another dtype."""
+
+    def lacking(self, checksums: Mapping[str, str]) -> set[str]:
+        """See `StandingWeights`."""
+        return {name for name, checksum in checksums.items() if self._sent.get(name) != checksum}
+
+    def load(self, weights: Mapping[str, torch.Tensor], checksums: Mapping[str, str]) -> Verification:
+        """See `StandingWeights`."""
+        standing = {name: self._standing[name] for name in checksums if name in self._standing}
+        self._standing = {}
+        lacking, self._sent = self.lacking(checksums) - weights.keys(), {}
+        if lacking:
+            raise RunFailed(f"the weights are not complete: {shown(lacking)} neither came nor stand in the engine")
+        self._standing, result = self._on_model(lambda model: load_native(model, weights, checksums, standing))
+        self._sent = dict(checksums)
+        return result
+
+    def audit(self) -> list[str]:
+        """See `StandingWeights`."""
+
+        def audited(model: torch.nn.Module) -> list[str]:
+            _forget_derived(model)
+            return _differing(model, self._standing)
+
+        changed = self._on_model(audited)
+        if changed:
+            self._sent = {}
+        return changed
+
+
+def load_native(
+    model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    checksums: Mapping[str, str],
+    standing: Mapping[str, str],
+) -> tuple[dict[str, str], Verification]:
+    """Load our own model and compare every tensor of it, bit by bit through checksums.
+
+    Args:
+        weights: What changed.
+        checksums: Of all weights as they were sent.
+        standing: Of what stands in the model and does not change, as it stands.
+
+    Returns:
+        Checksums of all weights as they stand now.
 
     Raises:
-        RunFailed: names that do not fit, or a tensor in the engine that is not the one that was sent.
+        RunFailed: names or shapes that do not fit, or a tensor in the model that is not the one that was sent.
     """
-    check_coverage({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(), weights)
+    own = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    sent = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_coverage(shapes, set(), {**{name: shapes[name] for name in standing}, **sent})
     model.load_weights(weights.items())  # type: ignore[operator]
-    result = Verification()
-    for name, tensor in model.state_dict().items():
-        same = same_bits(tensor, weights[name].to(tensor.device, tensor.dtype))
-        result.verified += same
-        if not same:
-            result.wrong.append(name)
-    return _accepted(result)
+    expected = dict(standing)
+    for name, tensor in weights.items():
+        same = tensor.dtype == own[name].dtype
+        expected[name] = checksums[name] if same else checksum_of(tensor.to(own[name].dtype))
+    wrong = _differing(model, expected)
+    return expected, Verification(len(expected) - len(wrong), [], wrong).accepted()
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of a device and dtype have the same content, NaN included."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return one.shape == other.shape and torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+def _differing(model: torch.nn.Module, expected: Mapping[str, str]) -> list[str]:
+    return [name for name, tensor in model.state_dict().items() if checksum_of(tensor) != expected[name]]
 
 
-def load_vllm(llm: LLM, description: Path, weights: Mapping[str, torch.Tensor]) -> Verification:
-    """Load a model of vLLM's own from weights in their checkpoint names.
+def _forget_derived(model: torch.nn.Module) -> None:
+    """Have what our layers compute from the weights and keep computed again: it is no weight, yet tokens meet it."""
+    for module in model.modules():
+        if hasattr(module, "forget_rounded"):
+            module.forget_rounded()
+
+
+def standing_weights(llm: LLM, kind: EngineKind, description: str | Path) -> StandingWeights:
+    """For an engine in this process."""
+
+    def on_model(function: Callable[[torch.nn.Module], Any]) -> Any:
+        return llm.apply_model(function)[0]
+
+    if kind == "native":
+        return NativeWeights(on_model)
+    from rollouts.vllm_weights import VllmWeights, load_vllm
+
+    description = Path(description)
+    if is_deepseek_v4(description):
+        from rollouts.vllm_deepseek_v4 import ReleasedLoader
+
+        return VllmWeights(llm, ReleasedLoader(description))
+    return VllmWeights(llm, partial(load_vllm, description=description))
+
+
+def is_deepseek_v4(directory: Path) -> bool:
+    """Whether the model that is described or stored here is one, in whatever layout."""
+    file = directory / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("model_type") == "deepseek_v4"
+
+
+def read_checkpoint(path: str | Path, kind: EngineKind) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint directory under the names that an engine of this kind takes.
 
     Raises:
-        RunFailed: as `load_native`.
+        BadInput: no checkpoint there, or one that cannot be read.
     """
-    expected, tied = checkpoint_shapes(description)
-    check_coverage(expected, set(tied), weights)
-    # A tied head is sent under its own name as well: on the CPU vLLM packs it separately, and a reload without the
-    # name leaves the old packed matrix in use (vLLM 0.32.0), although `lm_head.weight` reads as new.
-    complete = {**weights, **{name: weights[source] for name, source in tied.items() if name not in weights}}
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(complete.items())})
-    return _accepted(llm.apply_model(lambda model: verify_vllm(model, complete))[0])
+    path = Path(path)
+    if kind == "vllm" and not is_deepseek_v4(path):
+        return dict(iterate_safetensors(path))
+    from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
+    from posttrain.models.deepseek_v4.checkpoint import CheckpointError
 
-
-def checkpoint_shapes(description: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Name → shape of every weight of the described transformers model, and tied name → the name it is tied to."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, dict(model.all_tied_weights_keys)
-
-
-def verify_vllm(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Verification:
-    """Compare the parameters of a vLLM model with the checkpoint tensors that they were made of."""
-    result = Verification()
-    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    for module_name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{parameter_name}"
-            sources = list(_sources(module_name, parameter_name, packed))
-            if not weights.keys() >= set(sources):
-                result.unverified.append(name)
-            elif _is_made_of(module, parameter, torch.cat([weights[source].to(parameter.dtype) for source in sources])):
-                result.verified += 1
-            else:
-                result.wrong.append(name)
-    return result
-
-
-def _sources(module_name: str, parameter_name: str, packed: Mapping[str, list[str]]) -> Iterator[str]:
-    """The checkpoint's names for an engine parameter: `qkv_proj` is made of `q_proj`, `k_proj`, `v_proj`."""
-    prefix, _, leaf = module_name.rpartition(".")
-    for part in packed.get(leaf, [leaf]):
-        yield f"{prefix}.{part}.{parameter_name}" if prefix else f"{part}.{parameter_name}"
-
-
-def _is_made_of(module: torch.nn.Module, parameter: torch.Tensor, source: torch.Tensor) -> bool:
-    """The parameter's content is `source`; of a prepacked matrix, its product with a random input is.
-
-    vLLM pads vocabularies, so a parameter may have more rows than its source.
-    """
-    if parameter.numel() and not torch.equal(parameter[: source.shape[0]], source):
-        return False
-    multiply: Any = getattr(module, "cpu_linear", None)
-    if multiply is None or source.ndim != 2:
-        return parameter.numel() > 0
-    generator = torch.Generator().manual_seed(0)
-    probe_PK = torch.randn(PROBE_ROWS, source.shape[1], generator=generator).to(source.dtype)
-    product_PN = multiply(probe_PK, parameter, None)[:, : source.shape[0]].float()
-    exact_PN = probe_PK.float() @ source.float().T
-    scale_PN = probe_PK.float().abs() @ source.float().abs().T
-    return bool(((product_PN - exact_PN).abs() <= PROBE_TOLERANCE[source.dtype] * scale_PN).all())
-
-
-def _accepted(result: Verification) -> Verification:
-    if result.wrong:
-        raise RunFailed(f"the engine's weights are not the ones it was sent: {shown(result.wrong)}")
-    return result
+    try:
+        # Stacks the experts and renames: what engines are given are our model's names, not those in the files.
+        return DeepseekV4ForCausalLM.from_pretrained(str(path)).engine_state_dict()
+    except CheckpointError as error:
+        raise BadInput(str(error)) from error

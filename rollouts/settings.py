@@ -14,6 +14,7 @@ from posttrain.files import atomic_directory
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import RolloutConfig
+    from rollouts.types import Sampling
 
 EngineKind = Literal["native", "vllm"]
 """`native`: our V4 on our op table inside vLLM (the plugin). `vllm`: an implementation of vLLM's own."""
@@ -34,6 +35,15 @@ class EngineSettings:
     threads: int = 1
     kernels: str | None = None
     """Implementation of the op table; None: the device's own."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the other side needs to know of an engine that is ready."""
+
+    vocab_size: int
+    max_model_len: int
+    start_seconds: float
 
 
 def engine_kind(family: Literal["deepseek_v4", "hf"], rollout: RolloutConfig) -> EngineKind:
@@ -58,16 +68,18 @@ def engine_settings(
     )
 
 
-def write_description(checkpoint: str | Path, directory: str | Path, kind: EngineKind) -> None:
+def write_description(checkpoint: str | Path, directory: str | Path, kind: EngineKind, quantised: bool = True) -> None:
     """Write the model description that engines start from, out of a checkpoint's configuration files.
 
     Args:
         checkpoint: A checkpoint directory; its weights are not read.
         directory: Where to write; replaced if it exists.
         kind: The engine that will read it.
+        quantised: Whether vLLM's own V4 is to hold its weights in FP8 and MXFP4, or in bf16.
 
     Raises:
-        BadInput: no `config.json` in `checkpoint`, or no end-of-sequence token in its configuration.
+        BadInput: no `config.json` in `checkpoint`, no end-of-sequence token in its configuration, or a V4 whose sizes
+            vLLM's own does not know.
     """
     checkpoint = Path(checkpoint)
     config = _read_json(checkpoint / "config.json")
@@ -77,10 +89,25 @@ def write_description(checkpoint: str | Path, directory: str | Path, kind: Engin
             from rollouts.plugin import write_engine_config
 
             write_engine_config(config, temporary)
+        elif config.get("model_type") == "deepseek_v4":
+            released = _released_config(checkpoint, quantised)
+            (temporary / "config.json").write_text(json.dumps(released, indent=2) + "\n")
         else:
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         generation = {"eos_token_id": eos_token_ids}
         (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _released_config(checkpoint: Path, quantised: bool) -> dict[str, Any]:
+    from posttrain.models.deepseek_v4.checkpoint import read_config
+    from posttrain.models.deepseek_v4.export import engine_obstacles, released_config_dict
+
+    config = read_config(checkpoint)
+    if obstacles := engine_obstacles(config):
+        raise BadInput(
+            f"{checkpoint}: rollout.engine: vllm cannot run this model: {'; '.join(obstacles)}; use `native`"
+        )
+    return released_config_dict(config, "fp8_fp4" if quantised else "bf16")
 
 
 def read_eos_token_ids(description: str | Path) -> list[int]:
@@ -145,12 +172,31 @@ def check_prompts(
             vocabulary; the message names the row.
     """
     for row, prompt in enumerate(prompts, start=first_index):
-        if not prompt:
-            raise BadInput(f"prompt {row} is empty; every prompt needs at least one token")
-        if len(prompt) + max_tokens > max_model_len:
-            raise BadInput(
-                f"prompt {row} has {len(prompt)} tokens and asks for up to {max_tokens} more; rollout.max_model_len is "
-                f"{max_model_len}: shorten the prompt, lower max_new_tokens or raise rollout.max_model_len"
-            )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise BadInput(f"prompt {row} has a token id outside the model's vocabulary (0 to {vocab_size - 1})")
+        if problem := _prompt_problem(prompt, max_tokens, max_model_len, vocab_size):
+            raise BadInput(f"prompt {row} {problem}")
+
+
+def _prompt_problem(prompt: list[int], max_tokens: int, max_model_len: int, vocab_size: int) -> str | None:
+    if not prompt:
+        return "is empty; every prompt needs at least one token"
+    if len(prompt) + max_tokens > max_model_len:
+        return (
+            f"has {len(prompt)} tokens and asks for up to {max_tokens} more; rollout.max_model_len is "
+            f"{max_model_len}: shorten the prompt, lower max_new_tokens or raise rollout.max_model_len"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        return f"has a token id outside the model's vocabulary (0 to {vocab_size - 1})"
+    return None
+
+
+def request_problem(prompt: list[int], sampling: Sampling, info: EngineInfo) -> str | None:
+    """What is wrong with a request, to be put after the words for its prompt; None if it can be served."""
+    for name, least in (("max_tokens", 1), ("n", 1), ("temperature", 0)):
+        if not getattr(sampling, name) >= least:
+            return f"asks for sampling.{name} {getattr(sampling, name)}; it must be at least {least}"
+    if not 0 < sampling.top_p <= 1:
+        return f"asks for sampling.top_p {sampling.top_p}; it must be above 0 and at most 1"
+    for token in sampling.stop_token_ids:
+        if not 0 <= token < info.vocab_size:
+            return f"has the stop token {token}, which is not in the model's vocabulary (0 to {info.vocab_size - 1})"
+    return _prompt_problem(prompt, sampling.max_tokens, info.max_model_len, info.vocab_size)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `seed` makes every request reproducible: request i, sample j uses a stream of its own."""
+    """How to sample. `seed` makes every request reproducible: sample j of prompt i uses a stream of its own."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -15,6 +19,74 @@ class Sampling:
     n: int = 1
     """Completions for each prompt."""
     seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, besides the model's own end tokens."""
+    routes: bool = False
+    """Return the experts that each token went to (`Completion.routes`); prompts are then read without the cache."""
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """A prompt of which `sampling.n` completions are wanted.
+
+    Sample j is request `f"{id}#{j}"`. Its token at position p depends on the weights, the tokens before it, and on
+    (`sampling.seed`, `index`, j, p); never on the engine, on what else is sampled, or on a restart in between.
+    """
+
+    id: str
+    """Unique in a run and the same after a restart, as "expert/letters/grpo/12/3": what was logged belongs to it."""
+    prompt_ids: list[int]
+    sampling: Sampling
+    index: int = 0
+    """Tells the prompts of a batch apart in their random numbers."""
+    domain: str = ""
+    """For caps on how much of a domain is sampled at once, and for estimates of lengths."""
+    session: str = ""
+    """Requests of one session, as the turns of a conversation, go to the worker that has the earlier ones cached."""
+
+    def sample_id(self, sample: int) -> str:
+        """The request of one sample."""
+        return f"{self.id}#{sample}"
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample of a group as an engine takes it: from the start, or from where another engine left it."""
+
+    id: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    """Sampled already; the next token is sampled after these."""
+    sampling: Sampling
+    seed: int
+    """`rollouts.engine.request_seed` of its group and number."""
+    attempt: int = 0
+    """How many engines had it before."""
+
+
+@dataclass
+class NewTokens:
+    """What one step of an engine added to a sample."""
+
+    id: str
+    position: int
+    """Of the first of them in the completion."""
+    token_ids: list[int]
+    logprobs: list[float]
+    version: int
+    finish_reason: str | None = None
+    """`stop` or `length` with the last tokens of the sample."""
+    routes: bytes = field(default=b"", repr=False)
+    """Experts of what was read for these tokens (`rollouts.routes`); empty unless asked for."""
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens `begin` to `end` (not included) of a completion were sampled from weights of `version`."""
+
+    begin: int
+    end: int
+    version: int
 
 
 @dataclass
@@ -25,7 +97,57 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     """`stop` (an end-of-sequence token, which is the last token) or `length`."""
-    weight_version: int
+    spans: tuple[VersionSpan, ...]
+    """In order, without gaps, over all tokens. Never empty: without tokens it is one span from 0 to 0."""
+    routes: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Experts `[prompt + completion - 1, layers, k]`, as they were when each token was read; only if asked for."""
+
+    @classmethod
+    def of_version(cls, token_ids: list[int], logprobs: list[float], finish_reason: str, version: int) -> Completion:
+        """A completion that one version of the weights sampled from its first token to its last."""
+        return cls(token_ids, logprobs, finish_reason, (VersionSpan(0, len(token_ids), version),))
+
+    @property
+    def weight_version(self) -> int:
+        """The newest version that sampled a token of it."""
+        return max(span.version for span in self.spans)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version that sampled a token of it."""
+        return min(span.version for span in self.spans)
+
+    @property
+    def versions(self) -> list[int]:
+        """The version of each token."""
+        return [span.version for span in self.spans for _ in range(span.begin, span.end)]
+
+    def first(self, count: int) -> Completion:
+        """Its first `count` tokens, as if that had been the limit: sampling does not look ahead."""
+        if len(self.token_ids) <= count:
+            return self
+        kept = [span for span in self.spans if span.begin < max(1, count)]
+        spans = tuple(replace(span, end=min(span.end, count)) for span in kept)
+        return Completion(self.token_ids[:count], self.logprobs[:count], "length", spans)
+
+
+def version_spans(versions: list[int]) -> tuple[VersionSpan, ...]:
+    """The spans of a completion from the version of each of its tokens (at least one)."""
+    begins = [0] + [at for at in range(1, len(versions)) if versions[at] != versions[at - 1]]
+    return tuple(
+        VersionSpan(begin, end, versions[begin])
+        for begin, end in zip(begins, [*begins[1:], len(versions)], strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class FinishedGroup:
+    """A group that is done: all its completions, in order of samples, or the reason why there are none."""
+
+    request: GroupRequest
+    completions: list[Completion]
+    failure: str | None = None
+    """Why it was given up (a request that ends every engine it comes to; cancelled); `completions` is empty then."""
 
 
 @dataclass

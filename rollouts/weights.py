@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 SHOWN_NAMES = 8
 """How many tensor names an error message lists."""
+
+PINNED_BYTES = 64 << 20
+"""Host memory through which a GPU's tensors pass to have their checksums taken."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +68,76 @@ class PackedTensor:
         return digest.hexdigest()
 
 
+def checksum_of(value: np.ndarray | torch.Tensor) -> str:
+    """`PackedTensor.checksum` of a tensor on any device; one on a GPU crosses to the host in parts."""
+    if isinstance(value, np.ndarray) or value.device.type == "cpu":
+        return PackedTensor.of(value).checksum()
+    import torch
+
+    digest = xxhash.xxh3_64(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}".encode())
+    bytes_N = value.detach().contiguous().view(-1).view(torch.uint8)
+    pinned = torch.empty(min(len(bytes_N), PINNED_BYTES), dtype=torch.uint8, pin_memory=value.is_cuda)
+    for part in bytes_N.split(PINNED_BYTES):
+        digest.update(pinned[: len(part)].copy_(part).numpy().data)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class WeightUpdate:
-    """All weights of one version, with the checksums that its sender took."""
+    """The weights of one version, with the checksums that its sender took; without those that the receiver has."""
 
     version: int
     tensors: dict[str, PackedTensor]
     checksums: dict[str, str]
+    """Of all weights, those left out too."""
+    unchanged: frozenset[str] = frozenset()
+    """Names that were left out: the receiver said that it holds them."""
 
     @classmethod
-    def pack(cls, weights: Mapping[str, np.ndarray | torch.Tensor], version: int) -> WeightUpdate:
-        tensors = {name: PackedTensor.of(value) for name, value in weights.items()}
-        return cls(version, tensors, {name: tensor.checksum() for name, tensor in tensors.items()})
+    def pack(
+        cls,
+        weights: Mapping[str, np.ndarray | torch.Tensor],
+        version: int,
+        known: Mapping[str, str] = MappingProxyType({}),
+    ) -> WeightUpdate:
+        """Take the checksums of all weights, and pack those that are not `known`.
 
-    def checked_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors, once every byte is known to be what was sent.
+        Args:
+            weights: Complete, by name.
+            version: Higher than all before.
+            known: Name → checksum of what the receiver has.
+        """
+        tensors, checksums, unchanged = {}, {}, set()
+        for name, value in weights.items():
+            packed = PackedTensor.of(value)
+            checksums[name] = packed.checksum()
+            if known.get(name) == checksums[name]:
+                unchanged.add(name)
+            else:
+                tensors[name] = packed
+        return cls(version, tensors, checksums, frozenset(unchanged))
+
+    def check(self) -> None:
+        """Make sure that every byte is what was sent.
 
         Raises:
             RunFailed: a tensor without a checksum, a checksum without a tensor, or one that does not match.
         """
-        if self.tensors.keys() != self.checksums.keys():
-            names = self.tensors.keys() ^ self.checksums.keys()
+        if names := (self.tensors.keys() | self.unchanged) ^ self.checksums.keys():
             raise RunFailed(f"weights of version {self.version}: {shown(names)} arrived without tensor or checksum")
-        wrong = [name for name, tensor in self.tensors.items() if tensor.checksum() != self.checksums[name]]
-        if wrong:
-            raise RunFailed(f"weights of version {self.version} were damaged on the way: checksums of {shown(wrong)}")
+        require_checksums(self.tensors, self.checksums, self.version)
+
+    def checked_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors, after `check`."""
+        self.check()
         return {name: tensor.tensor() for name, tensor in self.tensors.items()}
+
+
+def require_checksums(tensors: Mapping[str, PackedTensor], checksums: Mapping[str, str], version: int) -> None:
+    """Raise RunFailed, with the names, when tensors are not those that the checksums were taken of."""
+    wrong = [name for name, tensor in tensors.items() if tensor.checksum() != checksums[name]]
+    if wrong:
+        raise RunFailed(f"weights of version {version} were damaged on the way: checksums of {shown(wrong)}")
 
 
 def combined_checksum(checksums: Mapping[str, str]) -> str:
@@ -98,7 +146,7 @@ def combined_checksum(checksums: Mapping[str, str]) -> str:
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
-def shown(names: set[str] | list[str]) -> str:
+def shown(names: Iterable[str]) -> str:
     """The first few names, for an error message."""
     ordered = sorted(names)
     more = f" and {len(ordered) - SHOWN_NAMES} more" if len(ordered) > SHOWN_NAMES else ""
@@ -106,14 +154,14 @@ def shown(names: set[str] | list[str]) -> str:
 
 
 def check_coverage(
-    expected: Mapping[str, tuple[int, ...]], optional: set[str], weights: Mapping[str, torch.Tensor]
+    expected: Mapping[str, tuple[int, ...]], optional: set[str], weights: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Every expected tensor is there in its shape, and nothing else.
 
     Args:
         expected: Name → shape of every weight of the engine's model.
         optional: Names among them that may be absent (tied to another).
-        weights: What is about to be loaded.
+        weights: Name → shape of what is about to be loaded.
 
     Raises:
         RunFailed: names what is missing, unknown or of another shape.
@@ -124,9 +172,8 @@ def check_coverage(
     if unknown := weights.keys() - expected.keys():
         problems.append(f"unknown to the engine: {shown(unknown)}")
     for name in sorted(expected.keys() & weights.keys()):
-        shape = tuple(weights[name].shape)
-        if shape != tuple(expected[name]):
-            problems.append(f"{name} has shape {list(shape)}, the engine's has {list(expected[name])}")
+        if tuple(weights[name]) != tuple(expected[name]):
+            problems.append(f"{name} has shape {list(weights[name])}, the engine's has {list(expected[name])}")
     if problems:
         raise RunFailed("the weights do not fit the engine's model: " + "; ".join(problems[:SHOWN_NAMES]))
 

@@ -1,22 +1,46 @@
-"""A rollout worker: one engine in one Ray actor."""
+"""A rollout worker: one engine in one Ray actor, stepped by a thread of its own.
+
+What happens in the engine's thread, one after the other: steps, and between two steps whatever was asked for
+(requests, new weights, scores). After each step the new tokens go to the worker's log, and only then are they reported.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import queue
+import signal
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import BadInput, RunFailed
-from rollouts.engine import Engine, EngineInfo
-from rollouts.settings import EngineKind, EngineSettings
-from rollouts.types import Completion, Sampling
-from rollouts.weights import PackedTensor, WeightUpdate, combined_checksum, iterate_safetensors
+import ray
+
+from posttrain.errors import RunFailed
+from rollouts.engine import Engine
+from rollouts.log.writer import LogWriter
+from rollouts.routes import FIELD as ROUTES
+from rollouts.routes import routes_of_tokens
+from rollouts.settings import EngineInfo, EngineSettings
+from rollouts.types import NewTokens, SampleRequest
+from rollouts.weights import checksum_of, combined_checksum
 
 if TYPE_CHECKING:
-    import torch
+    from rollouts.loading import Verification
+    from rollouts.publishing import PublishedWeights
+
+IDLE_SECONDS = 0.05
+"""How long the engine's thread sleeps at most when there is nothing to do."""
+
+AUDIT_SECONDS = 1.0
+AUDIT_SHARE = 0.01
+"""An engine that works has its weights audited so often, or less where that would take more than this share of time."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +50,12 @@ class LoadReport:
     version: int
     checksum: str
     """Over all tensors as they arrived (`combined_checksum`)."""
-    tensors: int
     verified: int
     """Engine parameters compared with what arrived."""
     unverified: tuple[str, ...]
     """Engine parameters that nothing could be compared with."""
-    seconds: float
+    tensors: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,9 +66,28 @@ class WorkerStats:
     tokens: int
     """Tokens sampled."""
     busy_seconds: float
-    """Time spent in `generate`."""
+    """Time spent in steps of the engine, logging included."""
     version: int | None
     rss_bytes: int
+    alive_seconds: float
+    pid: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker has to say when it is polled."""
+
+    finished: list[list[NewTokens]]
+    """Samples that ended since the poll before: what this worker sampled of each, in order."""
+    running: dict[str, int]
+    """Samples in progress, with their tokens so far."""
+    steps: int
+    tokens: int
+    stalled_seconds: float
+    """Since there is something to do and no token came of it."""
+    version: int | None
+    failure: str | None
+    """The traceback of the engine's thread, which has ended."""
 
 
 class RolloutWorker:
@@ -52,99 +95,271 @@ class RolloutWorker:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._engine: Engine | None = None
-        self._completions = 0
-        self._tokens = 0
-        self._busy_seconds = 0.0
+        self._loop: EngineLoop | None = None
 
-    def start(self) -> EngineInfo:
+    def prepare(self) -> tuple[int, str]:
+        """Import what an engine needs, which takes longer than to build a small one; returns process and node."""
+        if self._settings.kind == "native":
+            from rollouts.plugin import register
+
+            register()
+        import vllm.v1.worker.gpu_model_runner
+        from vllm import LLM
+
+        del LLM, vllm
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def start(self, log_directory: str, name: str, incarnation: int) -> EngineInfo:
         """Build the engine. It has no weights yet.
+
+        Args:
+            log_directory: Of the run.
+            name: Of this worker.
+            incarnation: A number that no worker of this name had before.
 
         Raises:
             BadInput: settings that the model cannot serve.
         """
-        self._engine = Engine(self._settings)
-        return self._engine.info
+        # Also answers when the interpreter is stuck in a call that does not let go of it.
+        self._stacks = stacks_file(log_directory, name, incarnation).open("w")
+        faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
+        self._loop = EngineLoop(self._settings, LogWriter(log_directory, name, incarnation))
+        return self._loop.info
 
-    def ping(self) -> bool:
-        """True when the engine is there."""
-        return self._engine is not None
+    def submit(self, requests: Sequence[SampleRequest], cancelled: Sequence[str]) -> None:
+        """Take in samples, and forget others."""
+        self._running.call(lambda: self._running.take(requests, cancelled))
 
-    def publish(self, update: WeightUpdate) -> LoadReport:
-        """Take a version of the weights out of Ray's object store into the engine.
+    def poll(self, seconds: float) -> Report:
+        """What is new; waits up to `seconds` for a sample to end."""
+        return self._running.report(seconds)
+
+    def publish(self, published: PublishedWeights) -> LoadReport:
+        """Bring the engine to a version of the weights, between two steps.
 
         Raises:
-            RunFailed: damaged on the way, or a version that does not grow: the engine keeps the weights it had.
+            RunFailed: gone or damaged on the way, or a version that does not grow: the engine keeps the weights it had.
                 Incomplete, unknown names, or not what stands in the engine afterwards: the engine serves nothing
                 until a good publication.
         """
+        from rollouts.publishing import receive
+
         begin = time.monotonic()
-        return self._load(update.checked_tensors(), update.version, update.checksums, begin)
+        report = self._running.load(
+            lambda engine: receive(engine, published), published.version, combined_checksum(published.checksums)
+        )
+        return replace(report, tensors=len(published.checksums), seconds=time.monotonic() - begin)
 
     def load_checkpoint(self, path: str, version: int) -> LoadReport:
         """Read the weights of a checkpoint directory from disk into the engine; errors as `publish`, and BadInput."""
-        begin = time.monotonic()
-        tensors = _read_checkpoint(Path(path), self._settings.kind)
-        checksums = {name: PackedTensor.of(tensor).checksum() for name, tensor in tensors.items()}
-        return self._load(tensors, version, checksums, begin)
+        from rollouts.loading import read_checkpoint
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, first_index: int = 0) -> list[list[Completion]]:
-        """See `Engine.generate`."""
-        with self._timed():
-            groups = self._running.generate(prompts, sampling, first_index)
-        self._completions += sum(len(group) for group in groups)
-        self._tokens += sum(len(completion.token_ids) for group in groups for completion in group)
-        return groups
+        begin = time.monotonic()
+        tensors = read_checkpoint(path, self._settings.kind)
+        checksums = {name: checksum_of(tensor) for name, tensor in tensors.items()}
+        report = self._running.load(
+            lambda engine: engine.load_weights(tensors, version, checksums), version, combined_checksum(checksums)
+        )
+        return replace(report, tensors=len(tensors), seconds=time.monotonic() - begin)
 
     def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-        """See `Engine.score`."""
-        return self._running.score(prompts, completions)
+        """See `Engine.score`. Samples in progress are held meanwhile."""
+        return self._running.call(lambda: self._running.engine.score(prompts, completions))
+
+    def version(self) -> int | None:
+        """Of the weights in the engine; None when it serves nothing."""
+        return self._running.engine.version
 
     def stats(self) -> WorkerStats:
         """Totals since the start, and the process's resident memory now."""
-        import psutil
+        return self._running.stats()
 
-        version = self._engine.version if self._engine else None
-        rss_bytes = psutil.Process().memory_info().rss
-        return WorkerStats(self._completions, self._tokens, self._busy_seconds, version, rss_bytes)
-
-    def _load(
-        self, tensors: dict[str, torch.Tensor], version: int, checksums: dict[str, str], begin: float
-    ) -> LoadReport:
-        found = self._running.load_weights(tensors, version)
-        return LoadReport(
-            version=version,
-            checksum=combined_checksum(checksums),
-            tensors=len(tensors),
-            verified=found.verified,
-            unverified=tuple(found.unverified),
-            seconds=time.monotonic() - begin,
-        )
+    def dump(self) -> str:
+        """What the worker is doing: the stacks of all its threads, and its samples."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        return f"{self._running.describe()}\n\n{stacks}"
 
     @property
-    def _running(self) -> Engine:
-        if self._engine is None:
+    def _running(self) -> EngineLoop:
+        if self._loop is None:
             raise RunFailed("the rollout worker has not been started")
-        return self._engine
+        return self._loop
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        begin = time.monotonic()
+
+def stacks_file(log_directory: str | Path, name: str, incarnation: int) -> Path:
+    """Where a worker writes the stacks of its threads on SIGUSR1."""
+    return Path(log_directory) / f"{name}-{incarnation}.stacks"
+
+
+class EngineLoop:
+    """An engine and the thread that it lives in.
+
+    Attributes:
+        engine: To be touched in the thread only (`call`).
+        info: Of the engine.
+    """
+
+    def __init__(self, settings: EngineSettings, log: LogWriter) -> None:
+        self._log = log
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._parts: dict[str, list[NewTokens]] = {}
+        """What was sampled here of samples in progress."""
+        self._finished: list[list[NewTokens]] = []
+        self._news = threading.Condition()
+        self._failure: str | None = None
+        self._begin = time.monotonic()
+        self._busy_since: float | None = None
+        self._busy_seconds = 0.0
+        self._steps = self._tokens = self._completions = 0
+        self._next_audit = self._begin + AUDIT_SECONDS
+        self.engine: Engine
+        ready: Future[EngineInfo] = Future()
+        threading.Thread(target=self._run, args=(settings, ready), name="engine", daemon=True).start()
+        self.info = ready.result()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the engine's thread, between two steps; returns what it returns, raises what it raises."""
+        future: Future[Any] = Future()
+        self._calls.put((function, future))
+        if self._failure is not None:  # nobody takes it any more
+            raise RunFailed(f"the engine has failed: {self._failure.splitlines()[-1]}")
+        return future.result()
+
+    def load(self, change: Callable[[Engine], Verification], version: int, checksum: str) -> LoadReport:
+        """Change the engine's weights between two steps, and note in the log what it holds from there on."""
+
+        def load() -> LoadReport:
+            found = change(self.engine)
+            self._log.weights(version, checksum)
+            return LoadReport(version, checksum, found.verified, tuple(found.unverified))
+
+        return self.call(load)
+
+    def take(self, requests: Sequence[SampleRequest], cancelled: Sequence[str]) -> None:
+        """Take in samples and forget others; in the engine's thread."""
+        for sample_id in cancelled:
+            if sample_id in self.engine.samples:
+                self._log.cancel(sample_id)
+                self._parts.pop(sample_id, None)
+        self.engine.abort(cancelled)
+        for request in requests:
+            self.engine.add(request)
+            self._log.open(request)
+
+    def report(self, seconds: float) -> Report:
+        """What ended since the report before, durable in the log; waits up to `seconds` for something to end."""
+        with self._news:
+            self._news.wait_for(lambda: self._finished or self._failure, seconds)
+            finished, self._finished = self._finished, []
+        # Copied at once: the engine's thread goes on changing it.
+        running = {sample.id: len(sample.token_ids) for sample in list(self.engine.samples.values())}
+        if finished:
+            self._log.sync()
+        version, stalled = self.engine.version, self._stalled_seconds()
+        return Report(finished, running, self._steps, self._tokens, stalled, version, self._failure)
+
+    def stats(self) -> WorkerStats:
+        """See `WorkerStats`."""
+        import psutil
+
+        return WorkerStats(
+            self._completions,
+            self._tokens,
+            self._busy_seconds,
+            self.engine.version,
+            psutil.Process().memory_info().rss,
+            time.monotonic() - self._begin,
+            os.getpid(),
+        )
+
+    def describe(self) -> str:
+        """Its state, for people."""
+        lines = [
+            f"process {os.getpid()}, weights of version {self.engine.version}, {self._steps} steps, "
+            f"{self._tokens} tokens, none for {self._stalled_seconds():.1f} s; samples in progress:"
+        ]
+        for sample in list(self.engine.samples.values()):
+            lines.append(f"  {sample.id}: {len(sample.prompt_ids)} + {len(sample.token_ids)} tokens")
+        return "\n".join(lines)
+
+    def _stalled_seconds(self) -> float:
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _run(self, settings: EngineSettings, ready: Future[EngineInfo]) -> None:
         try:
-            yield
-        finally:
-            self._busy_seconds += time.monotonic() - begin
+            self.engine = Engine(settings)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(self.engine.info)
+        try:
+            while True:
+                self._run_calls()
+                if self.engine.busy:
+                    self._audit()
+                    self._step()
+        except BaseException:
+            self._fail(traceback.format_exc())
+
+    def _run_calls(self) -> None:
+        """Do all that is asked for; wait a little if there is nothing else to do."""
+        try:
+            call = self._calls.get(timeout=IDLE_SECONDS) if not self.engine.busy else self._calls.get_nowait()
+            while True:
+                self._busy_since = self._busy_since or time.monotonic()
+                _answer(*call)
+                call = self._calls.get_nowait()
+        except queue.Empty:
+            pass
+        if not self.engine.busy:
+            self._busy_since = None
+
+    def _audit(self) -> None:
+        """Find out, now and then, whether the weights are still those that were loaded; if not, the engine ends."""
+        begin = time.monotonic()
+        if begin >= self._next_audit:
+            self.engine.audit()
+            end = time.monotonic()
+            self._next_audit = end + max(AUDIT_SECONDS, (end - begin) / AUDIT_SHARE)
+
+    def _step(self) -> None:
+        begin = time.monotonic()
+        self._busy_since = self._busy_since or begin
+        steps = self.engine.step()
+        self._log.append(steps, {new.id: {ROUTES: routes_of_tokens(new)} for new in steps if new.routes})
+        self._steps += 1
+        for new in steps:
+            self._parts.setdefault(new.id, []).append(new)
+            self._tokens += len(new.token_ids)
+        ended = [self._parts.pop(new.id) for new in steps if new.finish_reason is not None]
+        end = time.monotonic()
+        self._busy_seconds += end - begin
+        if steps:
+            self._busy_since = end
+        if ended:
+            self._completions += len(ended)
+            with self._news:
+                self._finished.extend(ended)
+                self._news.notify_all()
+
+    def _fail(self, failure: str) -> None:
+        with self._news:
+            self._failure = failure
+            self._news.notify_all()
+        while True:
+            try:
+                _, future = self._calls.get(timeout=1)
+            except queue.Empty:
+                return
+            future.set_exception(RunFailed(f"the engine has failed: {failure.splitlines()[-1]}"))
 
 
-def _read_checkpoint(path: Path, kind: EngineKind) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint under the names that the engine takes."""
-    if kind == "vllm":
-        return dict(iterate_safetensors(path))
-    from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
-    from posttrain.models.deepseek_v4.checkpoint import CheckpointError
-
+def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
     try:
-        # Stacks the experts and renames: the engine's names are our model's, not those in the files.
-        return DeepseekV4ForCausalLM.from_pretrained(str(path)).state_dict()
-    except CheckpointError as error:
-        raise BadInput(str(error)) from error
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)

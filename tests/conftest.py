@@ -22,8 +22,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 PROCESSES = {
     f"test_{name}"
     for name in (
-        *("cli", "export", "model_integrations", "native_engine", "observe", "pipeline", "pipeline_parts"),
-        *("rollouts_service", "rundir", "setup", "trainers_actor", "trl_seam"),
+        *(
+            "async_service",
+            "cli",
+            "export",
+            "model_integrations",
+            "native_engine",
+            "observe",
+            "pipeline",
+            "pipeline_parts",
+        ),
+        *("engine_weights", "rollouts_kills", "rollouts_service", "rundir", "setup", "trainers_actor", "trl_seam"),
+        "vllm_deepseek_v4",
     )
 }
 """Modules that start Ray, engines or programs: they run one after another, beside the other modules."""

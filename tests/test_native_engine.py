@@ -7,6 +7,7 @@ hit; top-k selection cuts (4 of up to 40 entries); groups of requests run togeth
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 
 from posttrain.errors import BadInput, RunFailed
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
+from posttrain.models.deepseek_v4.layers import Gate
 from posttrain.recipe.schema import RolloutConfig
 from rollouts.pool import RolloutClient, RolloutPool
 from rollouts.settings import engine_settings, write_description
-from rollouts.types import Completion, Sampling
+from rollouts.types import Completion, GroupRequest, Sampling
 from tests.v4_models import VOCABULARY, our_model
 
 BOUND = 1e-5
@@ -147,6 +149,37 @@ def test_a_missing_tensor_is_refused_by_name(native: Native, name: str) -> None:
     with pytest.raises(RunFailed, match=name):
         native.client.publish(weights, native.next_version())
     native.publish(our_model(0))
+
+
+def routes_of(model: DeepseekV4ForCausalLM, tokens: list[int]) -> torch.Tensor:
+    """What the trainer's routers choose, `[tokens, layers, k]`."""
+    chosen: list[torch.Tensor] = []
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    hooks = [gate.register_forward_hook(lambda *call: chosen.append(call[2][0])) for gate in gates]
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen, 1)
+
+
+def test_routes_come_with_completions_also_when_the_engine_dies_on_the_way(native: Native) -> None:
+    asked = prompts(7)
+    requests = [
+        GroupRequest(f"routes/{row}", prompt, Sampling(max_tokens=40, n=2, seed=4, routes=True), row)
+        for row, prompt in enumerate(asked)
+    ]
+    native.client.submit(requests)
+    finished = native.client.collect(3)
+    os.kill(native.client.stats()[0].pid, signal.SIGKILL)
+    while len(finished) < len(requests):
+        finished += native.client.collect(len(requests) - len(finished))
+    native.client.acknowledge([group.request.id for group in finished])
+    for group in finished:
+        for completion in group.completions:
+            tokens = group.request.prompt_ids + completion.token_ids[:-1]
+            assert completion.routes is not None
+            assert torch.equal(torch.tensor(completion.routes).long(), routes_of(native.model, tokens))
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_by_row(native: Native) -> None:

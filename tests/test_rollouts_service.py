@@ -7,23 +7,23 @@ import math
 import os
 import pickle
 import random
-import time
+import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from posttrain.errors import BadInput, RunFailed
 from posttrain.recipe.schema import RolloutConfig
 from rollouts.pool import RolloutClient, RolloutPool
 from rollouts.settings import engine_settings, write_description
-from rollouts.types import Completion, Sampling
+from rollouts.types import Completion, GroupRequest, Sampling
 from rollouts.weights import WeightUpdate
 from tests.tiny_models import save_tiny_qwen3, tiny_qwen3
 
@@ -138,7 +138,7 @@ def test_versions_must_grow(service: Service) -> None:
 def test_what_is_sampled_depends_on_neither_the_workers_nor_the_batch(service: Service) -> None:
     prompts, sampling = random_prompts(20), Sampling(max_tokens=16, n=2, seed=5)
     both = service.client.generate(prompts, sampling)
-    one = service.pool.client([1]).generate(prompts, sampling)
+    one = service.pool.client(1, 2).generate(prompts, sampling)
     assert tokens(both) == tokens(one)
     assert tokens(service.client.generate(prompts[:1], sampling)) == tokens(both)[:1]
 
@@ -175,12 +175,14 @@ def test_prompts_split_over_steps_keep_their_streams(service: Service) -> None:
     prompts = random_prompts(16, shortest=150, longest=230)
     sampling = Sampling(max_tokens=8, n=2, seed=6)
     assert sum(map(len, prompts)) > 2 * ROLLOUT.max_num_batched_tokens
-    groups = service.pool.client([0]).generate(prompts, sampling)
+    client = service.pool.client(0, 2)
+    groups = client.generate(prompts, sampling)
     assert largest_difference(service, prompts, groups, 1.0) <= TOLERANCE
     for row in (0, 7, 15):
-        worker = service.pool._workers[0]
-        alone = ray.get(worker.generate.remote([prompts[row]], sampling, row))
-        assert tokens(alone) == tokens(groups)[row : row + 1]
+        client.submit([GroupRequest(f"alone/{row}", prompts[row], sampling, index=row)])
+        (alone,) = client.collect(1)
+        assert tokens([alone.completions]) == tokens(groups)[row : row + 1]
+        client.acknowledge([alone.request.id])
 
 
 def test_decode_agrees_with_prefill(service: Service) -> None:
@@ -239,9 +241,39 @@ def test_greedy_takes_the_most_likely_token(service: Service) -> None:
 def test_a_prompt_that_cannot_be_served_is_rejected_by_row(service: Service, prompt: list[int], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         service.client.generate([[5], [6], prompt, [7]], Sampling(max_tokens=8))
-    worker = service.pool._workers[0]
-    with pytest.raises(BadInput, match=words):  # the engine itself knows the global row
-        ray.get(worker.generate.remote([prompt], Sampling(max_tokens=8), 2))
+    groups = [
+        GroupRequest(f"row/{row}", ids, Sampling(max_tokens=8)) for row, ids in enumerate([[5], [6], prompt, [7]])
+    ]
+    with pytest.raises(BadInput, match=words):
+        service.client.submit(groups)
+    rejected = service.client.submit_valid(groups)
+    assert list(rejected) == [2] and re.search(words, rejected[2])
+    assert {group.request.id for group in service.client.collect(3)} == {"row/0", "row/1", "row/3"}
+    service.client.acknowledge(["row/0", "row/1", "row/3"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n": 0}, "prompt 1 asks for sampling.n 0"),
+        ({"max_tokens": 0}, "prompt 1 asks for sampling.max_tokens 0"),
+        ({"stop_token_ids": (3, 128)}, "prompt 1 has the stop token 128"),
+        ({"temperature": -1.0}, r"prompt 1 asks for sampling.temperature -1"),
+        ({"top_p": 0.0}, r"prompt 1 asks for sampling.top_p 0"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_rejected_by_row(service: Service, fields: dict[str, Any], words: str) -> None:
+    good = Sampling(max_tokens=2)
+    with pytest.raises(BadInput, match=words):
+        service.client.submit([GroupRequest("a", [5], good), GroupRequest("b", [5], replace(good, **fields))])
+
+
+def test_ids_are_unique(service: Service) -> None:
+    one = GroupRequest("same", [5], Sampling(max_tokens=2))
+    with pytest.raises(BadInput, match="prompt 1 has the id 'same'"):
+        service.client.submit([one, one])
+    with pytest.raises(RunFailed, match="'same' is not waited for"):
+        service.client.collect(1, ["same"])
 
 
 def test_weights_that_do_not_fit_are_refused_by_name_and_the_engine_then_serves_nothing(service: Service) -> None:
@@ -268,39 +300,9 @@ def test_weights_damaged_on_the_way_never_reach_the_engine(service: Service) -> 
     update = WeightUpdate.pack(tiny_qwen3(16).state_dict(), version + 1)
     update.tensors["model.norm.weight"].bits[3] += 1e-6
     with pytest.raises(RunFailed, match=r"model\.norm\.weight"):
-        ray.get(service.pool._workers[0].publish.remote(update))
+        service.client._call("publish", (0, 1), [ray.put(update)])
     ((completion,),) = service.client.generate([[5]], Sampling(max_tokens=1))
     assert completion.weight_version == version
-
-
-def test_what_stands_in_the_engine_is_compared_with_what_was_sent(service: Service) -> None:
-    """Each kind of parameter: read back (embedding, norms), probed (prepacked matrices, head)."""
-    weights = {name: tensor.clone() for name, tensor in service.model.state_dict().items()}
-
-    def verify(worker: Any, changed: str | None) -> tuple[int, list[str], list[str]]:
-        from rollouts.loading import verify_vllm
-
-        expected = {name: tensor * 1.001 if name == changed else tensor for name, tensor in weights.items()}
-        found = worker._engine._llm.apply_model(lambda model: verify_vllm(model, expected))[0]
-        return found.verified, found.unverified, found.wrong
-
-    def ask(changed: str | None) -> tuple[int, list[str], list[str]]:
-        return ray.get(service.pool._workers[0].__ray_call__.remote(verify, changed))
-
-    verified, unverified, wrong = ask(None)
-    assert (unverified, wrong) == ([], [])
-    layer = "model.layers.1."
-    stale = {
-        "model.embed_tokens.weight": "model.embed_tokens.weight",
-        "model.norm.weight": "model.norm.weight",
-        "lm_head.weight": "lm_head.weight",
-        layer + "self_attn.v_proj.weight": layer + "self_attn.qkv_proj.weight",
-        layer + "self_attn.q_norm.weight": layer + "self_attn.q_norm.weight",
-        layer + "mlp.up_proj.weight": layer + "mlp.gate_up_proj.weight",
-        layer + "mlp.down_proj.weight": layer + "mlp.down_proj.weight",
-    }
-    for checkpoint_name, engine_name in stale.items():
-        assert ask(checkpoint_name) == (verified - 1, [], [engine_name])
 
 
 def test_a_checkpoint_is_loaded_from_disk_by_every_worker(service: Service, tmp_path: Path) -> None:
@@ -338,13 +340,12 @@ def test_stopping_a_pool_ends_its_workers_only(service: Service, tmp_path: Path)
     tied = copy.copy(service)
     tied.model = model
     assert largest_difference(tied, prompts, client.generate(prompts, Sampling(max_tokens=8)), 1.0) <= TOLERANCE
-    (worker,) = pool._workers
+    state = client.service_stats()
     pool.stop()
-    with pytest.raises(RayActorError):  # ray.kill does not wait for the end
-        for _ in range(300):
-            ray.get(worker.ping.remote(), timeout=30)
-            time.sleep(0.1)
-    assert ray.get([other.ping.remote() for other in service.pool._workers]) == [True, True]
+    processes = [psutil.Process(pid) for pid in (state.pid, *state.workers.values()) if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=30)  # `ray.kill` does not wait for the end
+    assert not alive
+    assert service.client.service_stats().ready == [0, 1]
 
 
 def test_a_context_longer_than_the_models_is_refused(service: Service) -> None:

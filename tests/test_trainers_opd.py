@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.divergence import vocabulary_mismatch
 from distill.teacher import TeacherWorker
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import OpdStage, OptimizerConfig, SftStage
+from posttrain.recipe.schema import OpdStage, OptimizerConfig, RolloutConfig, SftStage
 from posttrain.trainers.jobs import OpdJob
 from posttrain.trainers.opd import ordered_by_teacher, train_opd
 from posttrain.trainers.progress import Progress
@@ -68,14 +68,22 @@ def job(teachers: dict[str, str], **config: object) -> OpdJob:
     )
 
 
-def train(student: torch.nn.Module, teachers: dict[str, str], reward=None, **config: object):  # type: ignore[no-untyped-def]
+def train(  # type: ignore[no-untyped-def]
+    student: torch.nn.Module,
+    teachers: dict[str, str],
+    reward=None,
+    client: LocalClient | None = None,
+    rollout: RolloutConfig | None = None,
+    **config: object,
+):
     stage = job(teachers, **config)
-    stage = OpdJob(**(vars(stage) | {"reward": reward}))
-    recorder, client, pool = Recorder(), LocalClient(copy.deepcopy(student)), LocalTeachers()
+    stage = OpdJob(**(vars(stage) | {"reward": reward, "rollout": rollout or RolloutConfig()}))
+    recorder, pool = Recorder(), LocalTeachers()
+    client = client or LocalClient(copy.deepcopy(student))
     progress = Gradients(recorder, "student", stage.config.steps)
-    difference, published = train_opd(student, tiny_tokenizer(), stage, client, pool, 3, progress)
-    assert len(published) == stage.config.steps
-    return recorder.lines, progress, client, pool, difference
+    sampled = train_opd(student, tiny_tokenizer(), stage, client, pool, 3, progress)
+    assert len(sampled.publish_seconds) == stage.config.steps
+    return recorder.lines, progress, client, pool, sampled.difference
 
 
 @pytest.fixture
@@ -110,7 +118,8 @@ def test_loss_and_gradient_are_those_of_dense_logits(kind: str, experts: dict[st
         assert teacher == experts[domain]
         expert = tiny_model(1 + list(TEXTS).index(domain))
         values = []
-        for sequence, prompt in zip(sequences, client.calls[0][0][4 * (domain == "sums") :], strict=False):
+        asked = [request.prompt_ids for request in client.asked[4 * (domain == "sums") :]]
+        for sequence, prompt in zip(sequences, asked, strict=False):
             row = torch.tensor([sequence])
             span = slice(len(prompt) - 1, len(sequence) - 1)
             ours, theirs = start(input_ids=row).logits[0, span], expert(input_ids=row).logits[0, span].detach()
@@ -154,8 +163,8 @@ def test_the_student_takes_up_what_each_expert_knows(tmp_path: Path) -> None:
 def test_every_sample_goes_to_its_domains_teacher_within_its_limit(experts: dict[str, str]) -> None:
     _, _, client, pool, _ = train(tiny_model(0), experts, steps=2)
     for step in range(2):
-        asked, sampling = client.calls[step]
-        assert sampling.max_tokens == 6
+        asked = [request.prompt_ids for request in client.batches[step]]
+        assert {r.domain: r.sampling.max_tokens for r in client.batches[step]} == LIMITS
         for position, domain in enumerate(sorted(TEXTS)):
             teacher, sequences = pool.asked[2 * step + position]
             assert teacher == experts[domain]

@@ -32,7 +32,7 @@ from benchmarks.gpu.engines import (
 )
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import released_tensors, write_config, write_tensors
-from posttrain.models.deepseek_v4.export import _convert, released_config_dict
+from posttrain.models.deepseek_v4.export import convert_tensor, released_config_dict
 
 ENGINES = ("ours", "eager", "graphs")
 SEQUENCES = (64, 256)
@@ -93,7 +93,7 @@ def ours(size: str, directory: Path) -> Any:
 def exported(model: DeepseekV4ForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors in the released formats, from the GPU one by one."""
     for name, tensor in released_tensors(model.engine_state_dict()):
-        yield from _convert(name, tensor.float() if tensor.is_floating_point() else tensor, "fp8_fp4", False)
+        yield from convert_tensor(name, tensor.float() if tensor.is_floating_point() else tensor, "fp8_fp4", False)
 
 
 def in_tree(size: str, directory: Path, graphs: bool) -> Any:

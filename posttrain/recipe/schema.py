@@ -93,11 +93,27 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(128, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=8)
     kv_cache_mib: int = Field(64, ge=1)
+    mode: Literal["sync", "async"] = "sync"
+    """`sync`: sample a batch, then learn from it. `async`: go on sampling while learning (docs/asynchronous.md)."""
+    max_staleness: int | None = Field(None, ge=1)
+    """With `async`: how many steps ahead is sampled; nothing is learned from tokens that are older. Default: 1."""
+    deterministic: bool = False
+    """With `async`: take groups in the order of the prompts, and update engines only when nothing runs on them, so that
+    the same run gives the same tokens."""
+
+    @property
+    def steps_ahead(self) -> int:
+        """How many batches are sampled beyond the one that is learned from."""
+        return 0 if self.mode == "sync" else self.max_staleness or 1
 
     @model_validator(mode="after")
-    def _batches_fit(self) -> RolloutConfig:
+    def _options_fit(self) -> RolloutConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise _wrong("max_num_batched_tokens", f"must be at least max_num_seqs, which is {self.max_num_seqs}")
+        if self.mode == "sync":
+            for key in ("max_staleness", "deterministic"):
+                if getattr(self, key):
+                    raise _wrong(key, "is for `mode: async`; with `mode: sync` nothing is ever stale, leave it out")
         return self
 
 
@@ -243,6 +259,28 @@ class SftStage(Section):
     auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 
 
+class ImportanceConfig(Section):
+    """Correction where the sampler's probabilities are not the trainer's: by rounding, or by age with `mode: async`.
+
+    The loss of a token is multiplied by the trainer's probability over the sampler's, within bounds.
+    """
+
+    level: Literal["token", "sequence"] = "sequence"
+    """`token`: each token's own ratio. `sequence`: the product over the answer, for all of its tokens."""
+    bound: Literal["truncate", "mask"] = "mask"
+    """What happens to ratios out of bounds. `truncate`: they become the bound. `mask`: they become 0."""
+    min: float | None = Field(None, ge=0)
+    max: float | None = Field(3.0, gt=0)
+
+    @model_validator(mode="after")
+    def _has_bounds(self) -> ImportanceConfig:
+        if self.min is None and self.max is None:
+            raise _wrong("", "give `min`, `max` or both: ratios without a bound let single tokens decide an update")
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise _wrong("min", f"must be below max, which is {self.max}")
+        return self
+
+
 class GrpoStage(Section):
     """Group-relative policy optimisation on verified rewards."""
 
@@ -253,14 +291,50 @@ class GrpoStage(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimiser steps on each generated batch (more than 1 is off-policy)."""
     temperature: float = Field(1.0, gt=0)
+    dynamic_sampling: int = Field(0, ge=0)
+    """DAPO's: groups whose answers all have the same reward are replaced by further prompts, at most this many times
+    `prompts_per_step` in a step; 0: they stay, and teach nothing."""
     beta: float = Field(0.0, ge=0)
-    """Strength of the KL penalty against the stage's initial policy; 0: none."""
+    """Strength of the KL penalty against the reference; 0: none."""
+    beta_by_domain: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Another strength for single domains."""
+    unbiased_kl: bool = True
+    """Weigh the penalty with the policy's ratio (V3.2, eq. 7): its gradient is then that of the reverse KL."""
+    reference_every: int | None = Field(None, ge=1)
+    """After every so many steps the policy becomes the reference. Default: the stage's initial policy stays it."""
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float | None = Field(None, gt=0)
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """Upper clipping distance (DAPO: 0.28); default: `epsilon`. With `cispo` the largest ratio itself (ScaleRL: 5)."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's ratio, or (GSPO) the geometric mean over the answer."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "group", "cispo"] = "dapo"
+    """What a mean is taken over. `grpo`: each answer's tokens, then answers. `dapo`, `bnpo`: the batch's tokens.
+    `group`: each prompt's tokens, then prompts. `dr_grpo`: a constant, so that long answers weigh more. `cispo`: as
+    `dapo`, with clipped ratios as weights of the log-likelihood."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the group's standard deviation, the batch's, or (Dr. GRPO) nothing."""
+    mask_truncated: bool = False
+    """Learn nothing from answers that were cut off (DAPO's overlong filtering)."""
+    off_policy_threshold: float | None = Field(None, gt=0)
+    """V3.2, eq. 9: learn nothing from answers worse than their group's mean whose tokens became less likely by more
+    than this many nats on average since they were sampled."""
+    importance: ImportanceConfig = ImportanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+
+    def for_domain(self, domain: str) -> GrpoStage:
+        """The stage with the domain's own strength of the penalty, where it has one."""
+        return self.model_copy(update={"beta": self.beta_by_domain.get(domain, self.beta)})
+
+    @model_validator(mode="after")
+    def _options_belong(self) -> GrpoStage:
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
+            raise _wrong(
+                "epsilon_high", "with `loss_type: cispo` it is the largest ratio itself: give 1 or more, say 5"
+            )
+        if self.reference_every is not None and not any((self.beta, *self.beta_by_domain.values())):
+            raise _wrong("reference_every", "there is no reference without a penalty: set beta or beta_by_domain")
+        return self
 
 
 class OpdStage(Section):
@@ -350,6 +424,7 @@ class Recipe(Section):
             "stages.experts.overrides": self.stages.experts.overrides,
             "stages.student.weights": student.weights if student else {},
             "stages.student.shares": student.shares if student else {},
+            **{f"stages.{key}.beta_by_domain": stage.beta_by_domain for key, stage in self._grpo_stages()},
         }
         for key, mapping in named.items():
             for domain in mapping:
@@ -357,6 +432,12 @@ class Recipe(Section):
                     raise _wrong(f"{key}.{domain}", f"no such domain; the domains are {', '.join(self.domains)}")
         if self.model.family == "hf" and self.rollout.engine == "native":
             raise _wrong("rollout.engine", "must be vllm for `model.family: hf`; the native engine is for deepseek_v4")
+        if self.model.family == "deepseek_v4" and self.rollout.engine == "vllm" and not self.cluster.gpus_per_worker:
+            raise _wrong(
+                "rollout.engine",
+                "vLLM's own DeepSeek-V4 does not run on CPUs (vLLM 0.32: its kernels for metadata are written in "
+                "Triton, which has no CPU backend): use native, or give each worker a GPU (cluster.gpus_per_worker)",
+            )
         if self.model.precision == "bf16" and self.rollout.dtype != "bfloat16":
             raise _wrong(
                 "rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree"
@@ -367,16 +448,24 @@ class Recipe(Section):
             self._check_sizes(name, domain_config)
         return self
 
+    def _experts_by_key(self) -> dict[str, SftStage | GrpoStage]:
+        """The experts' stages as they are written, under their keys below `stages`."""
+        lists = {"per_domain": self.stages.experts.per_domain}
+        lists |= {f"overrides.{domain}": listed for domain, listed in self.stages.experts.overrides.items()}
+        return {
+            f"experts.{name}[{index}]": stage for name, listed in lists.items() for index, stage in enumerate(listed)
+        }
+
+    def _grpo_stages(self) -> list[tuple[str, GrpoStage]]:
+        return [(key, stage) for key, stage in self._experts_by_key().items() if isinstance(stage, GrpoStage)]
+
     def _check_no_auxiliary(self) -> None:
         """Indexers and biased routers are parts of this project's own model."""
         stages: dict[str, SftStage | GrpoStage | OpdStage | None] = {
             "base": self.stages.base,
             "student": self.stages.student,
+            **self._experts_by_key(),
         }
-        lists = {"per_domain": self.stages.experts.per_domain}
-        lists |= {f"overrides.{domain}": listed for domain, listed in self.stages.experts.overrides.items()}
-        for name, listed in lists.items():
-            stages |= {f"experts.{name}[{index}]": stage for index, stage in enumerate(listed)}
         for key, stage in stages.items():
             if stage is not None and stage.auxiliary.any_on:
                 raise _wrong(

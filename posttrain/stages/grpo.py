@@ -12,11 +12,22 @@ from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import GrpoJob, Prompt
 
+VERSION_BITS = 20
+"""More weight versions than a stage has steps and evaluations."""
+
 
 def prompts_of(work: Work, problems: list[Problem]) -> list[Prompt]:
     """Problems as the policy sees them."""
     tokens = [tuple(encode_prompt(work.tokenizer, problem.messages)) for problem in problems]
     return [Prompt(problem.id, problem.domain, ids) for problem, ids in zip(problems, tokens, strict=True)]
+
+
+def first_version(work: Work, stage: str) -> int:
+    """The number that a stage's weight versions start above.
+
+    It is the same in every life of a run: tokens that were sampled before a restart keep the versions they had.
+    """
+    return (1 + work.recipe.stage_names().index(stage)) << VERSION_BITS
 
 
 def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
@@ -27,6 +38,7 @@ def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
 
 def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path, slot: int = 0) -> Path:
     """Sample groups of answers, score them, learn from the differences; return the checkpoint."""
+    config = config.for_domain(domain)
 
     def job(output: str) -> GrpoJob:
         problems = draw(work, name, domain, config.steps * config.prompts_per_step)
@@ -38,6 +50,8 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path,
             prompts=prompts_of(work, problems),
             max_new_tokens=work.recipe.domains[domain].max_new_tokens,
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, name, work.run.metrics),
+            rollout=work.recipe.rollout,
+            first_version=first_version(work, name),
         )
 
     trainer, client = work.cluster.trainers[slot], work.cluster.client(slot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.recipe.schema import OpdStage
-from posttrain.stages.grpo import draw, prompts_of
+from posttrain.stages.grpo import draw, first_version, prompts_of
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import OpdJob
@@ -26,6 +26,8 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
             teachers={domain: str(path) for domain, path in experts.items()},
             max_new_tokens={domain: work.recipe.domains[domain].max_new_tokens for domain in experts},
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
+            rollout=work.recipe.rollout,
+            first_version=first_version(work, name),
         )
 
     cluster, client = work.cluster, work.cluster.client()

@@ -88,8 +88,8 @@ class Work:
             self._stopped(name, error)
             raise
         seconds = time.monotonic() - started
-        if result.max_abs_logprob_diff is not None:
-            self._record_rollouts(result, list(zip(before, after, strict=True)))
+        if result.waited_seconds is not None:
+            self._record_rollouts(result, before, after)
         self.run.finish_stage(name, result.checkpoint, seconds, result.metrics)
         self.run.append_event(
             {"event": "stage_finished", "stage": name, "seconds": seconds, "steps": result.steps,
@@ -109,13 +109,19 @@ class Work:
             self.run.fail_stage(name, text)
             self.run.append_event({"event": "stage_failed", "stage": name, "error": text})
 
-    def _record_rollouts(self, result: StageResult, workers: list[tuple[WorkerStats, WorkerStats]]) -> None:
-        """Note a stage's sampling: by its result, and by each worker's totals before and after."""
-        tokens = sum(after.tokens - before.tokens for before, after in workers)
-        seconds = max(after.busy_seconds - before.busy_seconds for before, after in workers)
+    def _record_rollouts(self, result: StageResult, before: list[WorkerStats], after: list[WorkerStats]) -> None:
+        """Note a stage's sampling: by its result, and by each worker's totals before and after.
+
+        A worker that was replaced meanwhile counts from its start.
+        """
+        start = {stats.pid: stats for stats in before}
+        tokens = sum(stats.tokens - (start[stats.pid].tokens if stats.pid in start else 0) for stats in after)
+        busy = [stats.busy_seconds - (start[stats.pid].busy_seconds if stats.pid in start else 0) for stats in after]
+        seconds = max(busy, default=0.0)
         self.run.append_event(
             {"event": "rollout_stats", "stage": result.stage, "max_abs_logprob_diff": result.max_abs_logprob_diff,
-             "k3": result.k3, "weight_sync_seconds": result.weight_sync_seconds, "tokens": tokens, "seconds": seconds}
+             "k3": result.k3, "weight_sync_seconds": result.weight_sync_seconds, "tokens": tokens, "seconds": seconds,
+             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy}
         )  # fmt: skip
 
 

@@ -21,11 +21,9 @@ from posttrain.trainers.jobs import GrpoJob, OpdJob, SftJob, StageResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from posttrain.trainers.generation import Client, LogprobDifference
+    from posttrain.trainers.generation import Client, Sampled
     from posttrain.trainers.opd import Teachers
     from posttrain.trainers.progress import Progress
-
-    Outcome = tuple[LogprobDifference, list[float]]
 
 
 class TrainerActor:
@@ -65,7 +63,7 @@ class TrainerActor:
         """Reinforcement learning on the job's reward, sampling through `client`."""
         from posttrain.trainers.grpo import train_grpo
 
-        def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress) -> Outcome:
+        def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress) -> Sampled:
             return train_grpo(model, tokenizer, job, client, seed, progress)
 
         return self._run(job, train, updates_per_step=job.config.updates_per_batch)
@@ -74,13 +72,13 @@ class TrainerActor:
         """Distillation from the job's experts, sampling through `client`."""
         from posttrain.trainers.opd import train_opd
 
-        def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress) -> Outcome:
+        def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress) -> Sampled:
             return train_opd(model, tokenizer, job, client, teachers, seed, progress)
 
         return self._run(job, train)
 
     def _run(
-        self, job: SftJob | GrpoJob | OpdJob, train: Callable[..., Outcome | None], updates_per_step: int = 1
+        self, job: SftJob | GrpoJob | OpdJob, train: Callable[..., Sampled | None], updates_per_step: int = 1
     ) -> StageResult:
         from transformers import set_seed
 
@@ -99,11 +97,13 @@ class TrainerActor:
         save_checkpoint(model, tokenizer, job.output)
         rollouts: dict[str, Any] = {}
         if outcome is not None:
-            difference, seconds = outcome
+            measured = outcome.difference.tokens > 0
             rollouts = {
-                "max_abs_logprob_diff": difference.largest,
-                "k3": difference.k3,
-                "weight_sync_seconds": seconds,
+                "max_abs_logprob_diff": outcome.difference.largest if measured else None,
+                "k3": outcome.difference.k3 if measured else None,
+                "weight_sync_seconds": outcome.publish_seconds,
+                "off_policy": outcome.off_policy,
+                "waited_seconds": outcome.waited_seconds,
             }
         return StageResult(
             stage=job.stage,

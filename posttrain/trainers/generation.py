@@ -1,22 +1,31 @@
-"""On-policy samples from the rollout service, and how far the sampler's log-probabilities are from the trainer's."""
+"""On-policy samples from the rollout service: what is asked for and when, and what a batch is made of.
+
+A stage asks for groups in the order of its prompts, at most `rollout.steps_ahead` batches beyond the one that it
+learns from:
+
+    sync                   publish, ask for a batch, wait for it
+    async                  publish while requests run, keep the service busy, take whichever groups finish first
+    async, deterministic   take groups in their order, publish when none is left, ask for the next batches
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import RunFailed
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.trainers.jobs import Prompt
+from posttrain.trainers.mismatch import Ages, LogprobDifference
 from posttrain.trainers.models import publishable_weights
 from posttrain.trainers.progress import Progress
-from rollouts.types import Completion, Sampling
+from rollouts.types import Completion, FinishedGroup, GroupRequest, Sampling
 
 
 class Client(Protocol):
@@ -28,11 +37,22 @@ class Client(Protocol):
     def publish(self, weights: Mapping[str, np.ndarray], version: int) -> float:
         """Give every engine these weights, of a higher version than before; return the seconds it took.
 
-        When it returns, all of them serve the version.
+        When it returns, all of them serve the version. Requests that run go on under it.
         """
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """`sampling.n` completions for each prompt, in order."""
+    def submit(self, groups: Sequence[GroupRequest]) -> None:
+        """Ask for groups; blocks while the queue is full."""
+
+    def collect(
+        self, count: int, ids: Sequence[str] | None = None, timeout: float | None = None
+    ) -> list[FinishedGroup]:
+        """Wait for `count` finished groups: whichever come first, or those of `ids` in their order."""
+
+    def acknowledge(self, ids: Sequence[str]) -> None:
+        """These groups are consumed: their tokens need not be kept any longer."""
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """These groups are not wanted any more."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -41,134 +61,267 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-LARGEST_MEAN_DIFFERENCE = 0.5
-"""Nats, mean over a batch. Rounding (even FP8 against bf16: 0.2) stays below; wrong weights, tokens or rows do not."""
+@dataclass(frozen=True)
+class Ask:
+    """A prompt to be answered in at most `max_tokens` tokens."""
+
+    prompt: Prompt
+    max_tokens: int
 
 
 @dataclass
-class LogprobDifference:
-    """Trainer minus sampler, over all the tokens seen so far."""
+class Group:
+    """The answers to one prompt."""
 
-    largest: float = 0.0
-    tokens: int = 0
-    k3_sum: float = 0.0
-
-    @property
-    def k3(self) -> float:
-        """KL(sampler || trainer), estimated as the mean of exp(d) - 1 - d (always >= 0)."""
-        return self.k3_sum / max(1, self.tokens)
-
-    def add(self, trainer_N: Tensor, sampler_N: Tensor) -> dict[str, float]:
-        """Take in the log-probabilities of N sampled tokens; return the metrics of these N alone.
-
-        Raises:
-            RunFailed: sampler and trainer do not look at the same model or the same tokens.
-        """
-        if trainer_N.numel() == 0:
-            return {}
-        difference_N = trainer_N.detach().double() - sampler_N.double()
-        k3_N = torch.expm1(difference_N) - difference_N
-        largest, mean = difference_N.abs().max().item(), difference_N.abs().mean().item()
-        if not mean <= LARGEST_MEAN_DIFFERENCE:
-            raise RunFailed(
-                f"the sampler's log-probabilities are {mean:.3g} nats from the trainer's on average (at most "
-                f"{largest:.3g}): the engines do not run the trainer's weights, or samples were mixed up"
-            )
-        self.largest = max(self.largest, largest)
-        self.tokens += difference_N.numel()
-        self.k3_sum += k3_N.sum().item()
-        return {
-            "logprob_diff_max": largest,
-            "logprob_diff_mean": mean,
-            "logprob_k3": k3_N.mean().item(),
-        }
+    number: int
+    """Which of the stage's requests it is."""
+    prompt: Prompt
+    request: GroupRequest
+    oldest_version: int
+    """The version of the weights when it was asked for: none of its tokens may be older."""
+    completions: list[Completion] = field(default_factory=list)
+    failure: str | None = None
+    rewards: list[float] = field(default_factory=list)
+    reward_parts: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
 class RolloutGeneration:
-    """Samples for a TRL trainer from the rollout service: what `trl_seam.inject_generation` takes.
+    """Batches for a TRL trainer from the rollout service: what `trl_seam.inject_generation` takes.
 
-    `model` returns the model whose weights are published before each batch that follows an update. Every call
-    of `generate` has a sampling seed of its own, derived from `seed` and the number of the batch.
+    Request g of the stage samples with a seed derived from `seed` and the batch g // `prompts_per_step`, as number
+    g % `prompts_per_step` in it, and has the id `<stage>/<batch>/<number>`: both are the same whenever it runs.
     """
 
     client: Client
     model: Callable[[], PreTrainedModel]
-    sampling: Sampling
-    """`n` and `seed` in it are ignored."""
+    """The model whose weights are published."""
+    stage: str
+    asks: Iterator[Ask]
+    steps: int
+    prompts_per_step: int
+    temperature: float
     seed: int
     progress: Progress
-    limits: Callable[[], Sequence[int]] | None = None
-    """Token limits of the single samples of the coming batch, where they are lower than `sampling.max_tokens`."""
-    version: int | None = None
-    batches: int = 0
+    rollout: RolloutConfig
+    group_size: int = 1
+    first_version: int = 0
+    informs: Callable[[Sequence[Group]], Sequence[bool]] | None = None
+    """Judges finished groups: whether anything can be learned from each. Without it that is so of all."""
+    spare_groups: int = 0
+    """How many groups of which nothing can be learned are replaced in each step."""
+    steps_done: int = 0
     publish_seconds: list[float] = field(default_factory=list)
-    samples: list[Completion] = field(default_factory=list)
+    waited_seconds: float = 0.0
+    groups: list[Group] = field(default_factory=list)
     """The latest batch, in the order of the trainer's rows."""
 
+    def __post_init__(self) -> None:
+        self.ages = Ages(self.rollout.steps_ahead)
+        self._pending: dict[str, Group] = {}
+        self._asked = 0
+        self._base: int | None = None
+        self._published = -1
+
+    @property
+    def samples(self) -> list[Completion]:
+        """The answers of the latest batch, in the order of the trainer's rows."""
+        return [completion for group in self.groups for completion in group.completions]
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that the latest batch trains."""
+        assert self._base is not None
+        return self._base + self.steps_done
+
+    def draw(self) -> list[dict[str, Any]]:
+        """The next batch: publish what is due, ask for more, wait for enough; returns the trainer's rows.
+
+        Raises:
+            RunFailed: samples of weights that no engine may serve any more, or none at all.
+        """
+        self._acknowledge()
+        in_flight, ahead = self._in_flight, self.rollout.steps_ahead
+        if in_flight:
+            self._publish()
+            self._ask(min(ahead + 1, self.steps - self.steps_done) * self.prompts_per_step - len(self._pending))
+        groups = self._take()
+        if not in_flight and ahead and not self._pending:
+            self._ask(min(ahead, self.steps - self.steps_done - 1) * self.prompts_per_step)
+        # One teacher after the other, and within one the order of the requests: free of who finished first.
+        self.groups = sorted(groups, key=lambda group: (group.prompt.domain, group.number))
+        self.steps_done += 1
+        self._report()
+        return [
+            {"prompt": group.request.prompt_ids, "problem_id": group.prompt.problem_id, "domain": group.prompt.domain}
+            for group in self.groups
+            for _ in group.completions
+        ]
+
     def sync_weights(self) -> None:
-        """Publish the current weights as the next version."""
-        started = time.perf_counter()
-        if self.version is None:  # another stage may have published to the same engines before
-            self.version = self.client.weight_version() or 0
-        self.version += 1
-        seconds = self.client.publish(publishable_weights(self.model()), self.version)
-        self.publish_seconds.append(seconds)
-        self.progress.add("seconds_publish", time.perf_counter() - started)
+        """TRL's call before it samples; `draw` has published what there was to publish."""
 
     def generate(
         self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
-        """TRL's call: `prompts` repeats each prompt `num_generations` times in a row."""
-        started = time.perf_counter()
-        seed = derive_seed(self.seed, "batch", self.batches)
-        sampling = replace(self.sampling, n=num_generations, seed=seed)
-        groups = self.client.generate(prompts[::num_generations], sampling)
-        self.samples = [completion for group in groups for completion in group]
-        if self.limits is not None:
-            self.samples = [cut(sample, limit) for sample, limit in zip(self.samples, self.limits(), strict=True)]
-        self._check(len(prompts))
-        self.batches += 1
-        self.progress.add("seconds_generate", time.perf_counter() - started)
-        self._report()
+        """TRL's call: hands out the batch that `draw` returned the rows of."""
+        expected = [group.request.prompt_ids for group in self.groups for _ in group.completions]
+        if prompts != expected:
+            raise RunFailed("TRL asks for answers to other prompts than those of the batch that was drawn")
         completions = [sample.token_ids for sample in self.samples]
         logprobs = [[[value] for value in sample.logprobs] for sample in self.samples]
         return prompts, completions, logprobs, None
 
-    def sampler_logps(self) -> Tensor:
-        """The sampler's log-probabilities of all tokens of the latest batch, one sample after the other. Shape [N]."""
-        return torch.tensor([value for sample in self.samples for value in sample.logprobs], dtype=torch.float64)
+    def loss_masks(self) -> list[list[int]] | None:
+        """For each token of each sample 1 if something is learned from it; None when that is so of all."""
+        return self.ages.mask(self.samples, self.version)
 
-    def _check(self, expected: int) -> None:
-        if len(self.samples) != expected:
-            raise RunFailed(f"the rollout service returned {len(self.samples)} samples; {expected} were asked for")
-        for index, sample in enumerate(self.samples):
-            if not sample.token_ids or len(sample.token_ids) != len(sample.logprobs):
+    def finish(self) -> None:
+        """The stage is over: nothing that was asked for is needed any more."""
+        self._acknowledge()
+        if self._pending:
+            self.client.cancel(list(self._pending))
+            self._pending.clear()
+
+    @property
+    def _in_flight(self) -> bool:
+        """Whether weights are published while requests run."""
+        return self.rollout.mode == "async" and not self.rollout.deterministic
+
+    def _acknowledge(self) -> None:
+        """The latest batch was learned from."""
+        if self.groups:
+            self.client.acknowledge([group.request.id for group in self.groups])
+
+    def _publish(self) -> None:
+        """Publish the current weights, unless that was done in this step."""
+        if self._published == self.steps_done:
+            return
+        started = time.perf_counter()
+        if self._base is None:  # another stage may have published to the same engines before
+            self._base = max(self.client.weight_version() or 0, self.first_version)
+        self.publish_seconds.append(
+            self.client.publish(publishable_weights(self.model()), self._base + self.steps_done + 1)
+        )
+        self._published = self.steps_done
+        self.progress.add("seconds_publish", time.perf_counter() - started)
+
+    def _ask(self, count: int) -> None:
+        """Submit the next `count` groups, or as many as there are; on idle engines only after an update."""
+        if count <= 0:
+            return
+        if not self._pending:
+            self._publish()
+        assert self._base is not None
+        groups = []
+        for _, ask in zip(range(count), self.asks, strict=False):
+            batch, row = divmod(self._asked, self.prompts_per_step)
+            sampling = Sampling(
+                max_tokens=ask.max_tokens,
+                temperature=self.temperature,
+                n=self.group_size,
+                seed=derive_seed(self.seed, "batch", batch),
+            )
+            name, tokens = f"{self.stage}/{batch}/{row}", list(ask.prompt.token_ids)
+            request = GroupRequest(name, tokens, sampling, index=row, domain=ask.prompt.domain)
+            groups.append(Group(self._asked, ask.prompt, request, self._base + self._published + 1))
+            self._asked += 1
+        self._pending |= {group.request.id: group for group in groups}
+        self.client.submit([group.request for group in groups])
+
+    def _take(self) -> list[Group]:
+        """Wait for one step's groups; those that teach nothing are replaced as long as there are spare ones."""
+        taken: list[Group] = []
+        spare, given_up, replaced, waited = self.spare_groups, 0, 0, self.waited_seconds
+        reason = "there are no more prompts"
+        while (missing := self.prompts_per_step - len(taken) - given_up) > 0:
+            self._ask(missing - len(self._pending))
+            if not self._pending:
+                break
+            groups = self._receive(min(missing, len(self._pending)))
+            good = iter(self._judge([group for group in groups if group.failure is None]))
+            for group in groups:
+                if (group.failure is not None or not next(good)) and spare > 0:
+                    spare, replaced = spare - 1, replaced + 1
+                    self.client.acknowledge([group.request.id])
+                elif group.failure is not None:
+                    given_up, reason = given_up + 1, group.failure
+                else:
+                    taken.append(group)
+        self.progress.add("seconds_generate", self.waited_seconds - waited)
+        if self.spare_groups:
+            self.progress.add("groups_replaced", replaced)
+        if given_up:
+            self.progress.add("groups_given_up", given_up)
+        if not taken:
+            raise RunFailed(
+                f"stage {self.stage}: none of the groups of step {self.steps_done + 1} could be sampled ({reason})"
+            )
+        return taken
+
+    def _judge(self, groups: list[Group]) -> Sequence[bool]:
+        return self.informs(groups) if self.informs is not None and groups else [True] * len(groups)
+
+    def _receive(self, count: int) -> list[Group]:
+        """Wait for `count` of the groups that were asked for: any when updates are in flight, else the oldest."""
+        started = time.perf_counter()
+        ids = None if self._in_flight else list(self._pending)[:count]
+        finished = self.client.collect(count, ids)
+        self.waited_seconds += time.perf_counter() - started
+        groups = []
+        for one in finished:
+            group = self._pending.pop(one.request.id)
+            group.completions, group.failure = one.completions, one.failure
+            if group.failure is None:
+                self._check(group)
+            groups.append(group)
+        if len(groups) != count:
+            raise RunFailed(f"the rollout service returned {len(groups)} groups; {count} were asked for")
+        return groups
+
+    def _check(self, group: Group) -> None:
+        if len(group.completions) != self.group_size:
+            raise RunFailed(
+                f"group {group.request.id} has {len(group.completions)} samples; {self.group_size} were asked for"
+            )
+        for index, sample in enumerate(group.completions):
+            tokens, logprobs = len(sample.token_ids), len(sample.logprobs)
+            where = f"sample {index} of group {group.request.id}"
+            if not tokens or tokens != logprobs:
                 raise RunFailed(
-                    f"sample {index} of weight version {self.version} has {len(sample.token_ids)} tokens and "
-                    f"{len(sample.logprobs)} log-probabilities; there must be at least one token, and as many of both"
+                    f"{where} has {tokens} tokens and {logprobs} log-probabilities; there must be at least one token, "
+                    "and as many of both"
                 )
-            if sample.weight_version != self.version:
+            # With updates in flight, tokens from before a restart may be older: by their age they are masked.
+            if sample.oldest_version < group.oldest_version and not self._in_flight:
                 raise RunFailed(
-                    f"sample {index} comes from weight version {sample.weight_version}; the trainer published "
-                    f"{self.version}, so an engine serves stale weights"
+                    f"{where} comes from weight version {sample.oldest_version}; when it was asked for, the trainer "
+                    f"had published {group.oldest_version}: an engine serves stale weights"
                 )
 
     def _report(self) -> None:
-        lengths = [len(sample.token_ids) for sample in self.samples]
-        truncated = [sample.finish_reason == "length" for sample in self.samples]
+        samples = self.samples
+        lengths = [len(sample.token_ids) for sample in samples]
+        truncated = [sample.finish_reason == "length" for sample in samples]
         self.progress.add("completion_length", sum(lengths) / len(lengths))
         self.progress.add("truncated", sum(truncated) / len(truncated))
         self.progress.add_tokens(sum(lengths))
+        metrics = self.ages.add(samples, self.version)
+        if self.rollout.mode == "async":
+            for name, value in metrics.items():
+                self.progress.add(name, value)
 
 
-def cut(completion: Completion, limit: int) -> Completion:
-    """The completion as it would have been with a limit of `limit` tokens: sampling does not look ahead."""
-    if len(completion.token_ids) <= limit:
-        return completion
-    return replace(
-        completion,
-        token_ids=completion.token_ids[:limit],
-        logprobs=completion.logprobs[:limit],
-        finish_reason="length",
-    )
+@dataclass(frozen=True)
+class Sampled:
+    """What is to be known of a stage's sampling when it is over."""
+
+    difference: LogprobDifference
+    publish_seconds: list[float]
+    off_policy: dict[str, float]
+    waited_seconds: float
+
+    @classmethod
+    def of(cls, generation: RolloutGeneration, difference: LogprobDifference) -> Sampled:
+        """The totals of `generation`."""
+        return cls(difference, generation.publish_seconds, generation.ages.summary(), generation.waited_seconds)

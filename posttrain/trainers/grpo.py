@@ -11,63 +11,123 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from posttrain.errors import RunFailed
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import GrpoStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
-from posttrain.trainers.generation import Client, LogprobDifference, RolloutGeneration
-from posttrain.trainers.jobs import GrpoJob, Prompt, Reward
+from posttrain.trainers.generation import Ask, Client, Group, RolloutGeneration, Sampled
+from posttrain.trainers.jobs import GrpoJob, Reward
+from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
-from posttrain.trainers.settings import cycle, training_arguments
-from posttrain.trainers.trl_seam import GroupRelativeTrainer, GRPOConfig
-from rollouts.types import Sampling
+from posttrain.trainers.settings import endless, training_arguments
+from posttrain.trainers.trl_seam import Batch, GroupRelativeTrainer, GRPOConfig
 
 
 class GrpoTrainer(GroupRelativeTrainer):
     """TRL's GRPO trainer that measures trainer against sampler on every batch."""
 
+    rollouts: RolloutGeneration
     progress: Progress
     difference: LogprobDifference
+    config: GrpoStage
 
-    def batch_scored(self, trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor) -> None:
-        chosen_BT = mask_BT.bool()
-        for name, value in self.difference.add(trainer_logps_BT[chosen_BT], sampler_logps_BT[chosen_BT]).items():
+    def batch_scored(self, batch: Batch) -> None:
+        trainer_BT, sampler_BT = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
+        mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
+        fresh_BT = batch["completion_mask"].bool() & (self._ages_like(mask_BT) == 0)
+        ratio_BT, outside_BT = importance_ratios(trainer_BT, sampler_BT, mask_BT, self.config.importance)
+        learned_BT = mask_BT.bool()
+        metrics = self.difference.add(trainer_BT[fresh_BT], sampler_BT[fresh_BT])
+        metrics |= self.rollouts.ages.add_ratios(ratio_BT[learned_BT], outside_BT[learned_BT])
+        for name, value in metrics.items():
             self.progress.add(name, value)
+        if self.config.loss_type == "group":
+            batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"] * self._group_weights(mask_BT)
+
+    def _group_weights(self, mask_BT: Tensor) -> Tensor:
+        """Weights of the samples with which the mean over the batch's tokens is the mean over groups of the mean over
+        a group's tokens: tokens of the batch / (tokens of the group * groups); shape [B, 1]."""
+        tokens_B = mask_BT.sum(dim=1)
+        tokens_G = tokens_B.view(-1, self.config.group_size).sum(dim=1)
+        weights_G = tokens_B.sum() / (tokens_G.clamp(min=1) * len(tokens_G))
+        return weights_G.repeat_interleave(self.config.group_size)[:, None]
+
+    def _ages_like(self, mask_BT: Tensor) -> Tensor:
+        """For each token the steps between the version that sampled it and the one that is trained; shape [B, T]."""
+        ages_BT = torch.zeros_like(mask_BT, dtype=torch.long)
+        for row, sample in enumerate(self.rollouts.samples):
+            ages_BT[row, : len(sample.token_ids)] = self.rollouts.version - torch.tensor(sample.versions)
+        return ages_BT
 
 
 class RewardColumn:
-    """The stage's reward as the function that TRL calls, on groups of `group_size` answers to one prompt."""
+    """The stage's reward: judges groups as they come in, and hands TRL what it said of those that make a batch."""
 
     __name__ = "reward"
 
-    def __init__(self, reward: Reward, group_size: int, generation: RolloutGeneration, progress: Progress) -> None:
+    def __init__(self, reward: Reward, progress: Progress) -> None:
         self.reward = reward
-        self.group_size = group_size
-        self.generation = generation
         self.progress = progress
+        self.groups: Callable[[], Sequence[Group]] = lambda: ()
+        self._seconds = 0.0
+
+    def judge(self, groups: Sequence[Group]) -> list[bool]:
+        """Score groups; for each, whether its answers differ in reward, so that something can be learned from it."""
+        started = time.perf_counter()
+        pairs = [(group, sample) for group in groups for sample in group.completions]
+        rewards, parts = self.reward(
+            [group.prompt.problem_id for group, _ in pairs],
+            [sample.token_ids for _, sample in pairs],
+            [sample.finish_reason for _, sample in pairs],
+        )
+        first = 0
+        for group in groups:
+            rows = slice(first, first + len(group.completions))
+            group.rewards, group.reward_parts = list(rewards[rows]), list(parts[rows])
+            first = rows.stop
+        self._seconds += time.perf_counter() - started
+        return [informs(group.rewards) for group in groups]
 
     def __call__(self, completion_ids: list[list[int]], problem_id: list[str], **columns: object) -> list[float]:
-        started = time.perf_counter()
-        finish_reasons = [sample.finish_reason for sample in self.generation.samples]
-        rewards, parts = self.reward(problem_id, completion_ids, finish_reasons)
+        groups = self.groups()
+        if [group.prompt.problem_id for group in groups for _ in group.rewards] != problem_id:
+            raise RunFailed("TRL scores other rows than those of the batch that was drawn")
+        parts = [part for group in groups for part in group.reward_parts]
         for name in sorted({name for part in parts for name in part}):
             values = [part[name] for part in parts if name in part]
             self.progress.add(f"reward/{name}", sum(values) / len(values))
-        self.progress.add("seconds_reward", time.perf_counter() - started)
+        self.progress.add("seconds_reward", self._seconds)
+        self._seconds = 0.0
+        rewards = [reward for group in groups for reward in group.rewards]
         failed = sum(map(math.isnan, rewards))
         if not failed:
             return rewards
         self.progress.add("reward_errors", failed)
         if failed == len(rewards):
             raise RunFailed(f"the reward failed on all {failed} answers of a step; the first failure is in the log")
-        return without_gaps(rewards, self.group_size)
+        return without_gaps(rewards, len(groups[0].rewards))
+
+
+def informs(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of a group differ; those that are not a number do not count."""
+    known = [reward for reward in rewards if not math.isnan(reward)]
+    return bool(known) and max(known) > min(known)
 
 
 def without_gaps(rewards: Sequence[float], group_size: int) -> list[float]:
@@ -85,15 +145,28 @@ def without_gaps(rewards: Sequence[float], group_size: int) -> list[float]:
     return filled
 
 
-def prompt_dataset(prompts: Sequence[Prompt]) -> Dataset:
-    """The rows that TRL's on-policy trainers walk through."""
-    return Dataset.from_dict(
-        {
-            "prompt": [list(prompt.token_ids) for prompt in prompts],
-            "problem_id": [prompt.problem_id for prompt in prompts],
-            "domain": [prompt.domain for prompt in prompts],
-        }
-    )
+class FreshReference(TrainerCallback):
+    """The policy becomes the reference again after every `updates` optimizer updates."""
+
+    def __init__(self, reference: PreTrainedModel, updates: int) -> None:
+        self.reference = reference
+        self.updates = updates
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is not None and state.global_step % self.updates == 0:
+            self.reference.load_state_dict(model.state_dict())
+
+
+def placeholders(count: int) -> Dataset:
+    """`count` rows for TRL's data loader to walk through; the generation puts its own in their place."""
+    return Dataset.from_dict({"prompt": [[0]] * count})
 
 
 def grpo_arguments(config: GrpoStage, max_new_tokens: int, directory: str, seed: int) -> GRPOConfig:
@@ -113,10 +186,18 @@ def grpo_arguments(config: GrpoStage, max_new_tokens: int, directory: str, seed:
         temperature=config.temperature,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
-        loss_type=config.loss_type,
+        # a group's mean is the batch's, with its tokens weighted (`GrpoTrainer.batch_scored`)
+        loss_type="dapo" if config.loss_type == "group" else config.loss_type,
+        importance_sampling_level=config.ratio_level,
+        use_bias_correction_kl=config.unbiased_kl,
+        off_policy_mask_threshold=config.off_policy_threshold,
+        mask_truncated_completions=config.mask_truncated,
         scale_rewards=config.scale_rewards,
         shuffle_dataset=False,
         vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=f"{config.importance.level}_{config.importance.bound}",
+        vllm_importance_sampling_clip_min=config.importance.min,
+        vllm_importance_sampling_clip_max=config.importance.max,
         router_aux_loss_coef=0.0,
     )
 
@@ -128,34 +209,49 @@ def train_grpo(
     client: Client,
     seed: int,
     progress: Progress,
-) -> tuple[LogprobDifference, list[float]]:
-    """Train `model` in place; return trainer against sampler, and the seconds of each weight publication."""
+) -> Sampled:
+    """Train `model` in place; return what is to be known of the sampling."""
     config = job.config
+    column = RewardColumn(job.reward, progress)
     generation = RolloutGeneration(
         client=client,
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
-        sampling=Sampling(max_tokens=job.max_new_tokens, temperature=config.temperature),
+        stage=job.stage,
+        asks=(Ask(prompt, job.max_new_tokens) for prompt in endless(job.prompts, seed)),
+        steps=config.steps,
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
+        temperature=config.temperature,
         seed=seed,
         progress=progress,
+        rollout=job.rollout,
+        first_version=job.first_version,
+        informs=column.judge,
+        spare_groups=config.dynamic_sampling * config.prompts_per_step,
     )
+    column.groups = lambda: generation.groups
     reference = copy.deepcopy(model) if config.beta else None
     with (
         tempfile.TemporaryDirectory() as scratch,
         auxiliary_objectives(model, config.auxiliary, progress, job.stage) as auxiliary,
     ):
+        callbacks: list[TrainerCallback] = [*([auxiliary] if auxiliary else []), progress]
+        if reference is not None and config.reference_every is not None:
+            callbacks.append(FreshReference(reference, config.reference_every * config.updates_per_batch))
         trainer = GrpoTrainer(
             model=model,
             reference=reference,
             beta=config.beta,
             generation=generation,
-            reward_funcs=RewardColumn(job.reward, config.group_size, generation, progress),
+            reward_funcs=column,
             args=grpo_arguments(config, job.max_new_tokens, scratch, seed),
-            train_dataset=prompt_dataset(cycle(job.prompts, config.steps * config.prompts_per_step, seed)),
+            train_dataset=placeholders(config.steps * config.prompts_per_step),
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps * config.updates_per_batch),
-            callbacks=[*([auxiliary] if auxiliary else []), progress],
+            callbacks=callbacks,
         )
         trainer.progress, trainer.difference = progress, LogprobDifference()
-        trainer.auxiliary = auxiliary
+        trainer.auxiliary, trainer.config = auxiliary, config
         trainer.train()
-    return trainer.difference, generation.publish_seconds
+    generation.finish()
+    return Sampled.of(generation, trainer.difference)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from posttrain.recipe.schema import GrpoStage, OpdStage, SftStage
+from posttrain.recipe.schema import GrpoStage, OpdStage, RolloutConfig, SftStage
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class GrpoJob:
     """In the order of use; reshuffled and repeated when a stage needs more."""
     max_new_tokens: int
     reward: Reward
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    first_version: int = 0
+    """Published weights get higher versions than this one; see `posttrain.stages.grpo.first_version`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class OpdJob:
     max_new_tokens: Mapping[str, int]
     reward: Reward | None = None
     """Scores the student's samples for the log; the loss does not see it."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    first_version: int = 0
 
 
 @dataclass
@@ -80,7 +85,11 @@ class StageResult:
     metrics: dict[str, float]
     """The last metrics line."""
     max_abs_logprob_diff: float | None = None
-    """Largest |trainer - sampler| log-probability over all sampled tokens of the stage."""
+    """Largest |trainer - sampler| log-probability over the stage's tokens of the weights that they trained."""
     k3: float | None = None
-    """KL(sampler || trainer) by the k3 estimator, the mean over all sampled tokens of the stage."""
+    """KL(sampler || trainer) by the k3 estimator, the mean over the same tokens."""
     weight_sync_seconds: list[float] = field(default_factory=list)
+    off_policy: dict[str, float] = field(default_factory=dict)
+    """Over the whole stage: importance ratios and, with `rollout.mode: async`, how old the tokens were."""
+    waited_seconds: float | None = None
+    """Time in which the trainer waited for samples."""

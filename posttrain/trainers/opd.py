@@ -14,6 +14,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -26,14 +27,14 @@ from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import OpdStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
-from posttrain.trainers.generation import Client, LogprobDifference, RolloutGeneration, derive_seed
-from posttrain.trainers.grpo import prompt_dataset
+from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, derive_seed
+from posttrain.trainers.grpo import placeholders
 from posttrain.trainers.jobs import OpdJob, Prompt, Reward
+from posttrain.trainers.mismatch import LogprobDifference
 from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.settings import cycle, training_arguments
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
-from rollouts.types import Sampling
 
 
 class Teachers(Protocol):
@@ -85,25 +86,40 @@ class OpdTrainer(OnPolicyTrainer):
         hidden_NH = hidden_BTH[chosen_BT]  # sample after sample, so a domain's positions are next to each other
         with torch.no_grad():
             targets_N = inputs["completion_ids"][chosen_BT]
-            logps_N = sampled_logps(hidden_NH, head_VH, targets_N, self.rollouts.sampling.temperature)
-        for name, value in self.difference.add(logps_N.cpu(), self.rollouts.sampler_logps()).items():
+            logps_N = sampled_logps(hidden_NH, head_VH, targets_N, self.rollouts.temperature)
+        samples = self.rollouts.samples
+        sampler_N = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
+        ages_N = self.rollouts.version - torch.tensor([one for sample in samples for one in sample.versions])
+        fresh_N = ages_N == 0
+        for name, value in self.difference.add(logps_N.cpu()[fresh_N], sampler_N[fresh_N]).items():
             self.progress.add(name, value)
         started = time.perf_counter()
-        loss, reports = one_head_at_a_time(self.kind, hidden_NH, head_VH, self._teacher_rows())
+        learned_N = ages_N <= self.rollouts.ages.limit
+        loss, reports = one_head_at_a_time(
+            self.kind, hidden_NH[learned_N.to(hidden_NH.device)], head_VH, self._teacher_rows(learned_N)
+        )
         self.progress.add("seconds_divergence", time.perf_counter() - started)
         self._report(reports)
         return loss, torch.tensor(sum(report.student_entropy * report.tokens for report in reports))
 
-    def _teacher_rows(self) -> list[TeacherRows]:
-        rows, first = [], 0
+    def _teacher_rows(self, learned_N: Tensor) -> list[TeacherRows]:
+        """What each teacher teaches of the positions that `learned_N` keeps; a teacher without any is left out."""
+        rows, position, first = [], 0, 0
         for domain, tokens, pending in self._domains:
-            head = self.teachers.head(self.experts[domain])
-            rows.append(TeacherRows(domain, slice(first, first + tokens), self.weights[domain], pending, head))
-            first += tokens
+            kept_N = learned_N[position : position + tokens]
+            position += tokens
+            count = int(kept_N.sum())
+            if count:
+                head = self.teachers.head(self.experts[domain])
+                hidden = pending if count == tokens else partial(_selected, pending, kept_N)
+                rows.append(TeacherRows(domain, slice(first, first + count), self.weights[domain], hidden, head))
+            first += count
         return rows
 
     def _report(self, reports: Sequence[TeacherReport]) -> None:
         tokens = sum(report.tokens for report in reports)
+        if not tokens:  # all of them too old to learn from
+            return
         self.progress.add("kl", sum(report.divergence * report.tokens for report in reports) / tokens)
         for report in reports:
             self.progress.add(f"kl/{report.name}", report.divergence)
@@ -126,6 +142,10 @@ class OpdTrainer(OnPolicyTrainer):
         for domain, members in groupby(scored, key=lambda pair: pair[0]["domain"]):
             values = [value for _, value in members]
             self.progress.add(f"reward/{domain}", sum(values) / len(values))
+
+
+def _selected(states: Callable[[], Tensor], kept_N: Tensor) -> Tensor:
+    return states()[kept_N]
 
 
 def ordered_by_teacher(
@@ -162,28 +182,28 @@ def train_opd(
     teachers: Teachers,
     seed: int,
     progress: Progress,
-) -> tuple[LogprobDifference, list[float]]:
-    """Train `model` in place; return trainer against sampler, and the seconds of each weight publication.
+) -> Sampled:
+    """Train `model` in place; return what is to be known of the sampling.
 
     Raises BadInput when a teacher is missing or has another vocabulary.
     """
     check_teachers(model, job, teachers)
     config, domains = job.config, sorted(job.prompts)
     rows = ordered_by_teacher(job.prompts, config.shares, config.steps, config.batch_size, seed)
-    limits = [job.max_new_tokens[prompt.domain] for prompt in rows]
-
-    def limits_of_batch() -> list[int]:
-        first = generation.batches * config.batch_size
-        return limits[first : first + config.batch_size]
-
     generation = RolloutGeneration(
         client=client,
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
-        sampling=Sampling(max_tokens=max(job.max_new_tokens[d] for d in domains), temperature=config.temperature),
+        stage=job.stage,
+        asks=iter([Ask(prompt, job.max_new_tokens[prompt.domain]) for prompt in rows]),
+        steps=config.steps,
+        prompts_per_step=config.batch_size,
+        temperature=config.temperature,
         seed=seed,
         progress=progress,
-        limits=limits_of_batch,
+        rollout=job.rollout,
+        first_version=job.first_version,
     )
+    longest = max(job.max_new_tokens[domain] for domain in domains)
     with (
         tempfile.TemporaryDirectory() as scratch,
         auxiliary_objectives(model, config.auxiliary, progress, job.stage) as auxiliary,
@@ -191,8 +211,8 @@ def train_opd(
         trainer = OpdTrainer(
             model=model,
             generation=generation,
-            args=opd_arguments(config, generation.sampling.max_tokens, scratch, seed),
-            train_dataset=prompt_dataset(rows),
+            args=opd_arguments(config, longest, scratch, seed),
+            train_dataset=placeholders(len(rows)),
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps),
             callbacks=[*([auxiliary] if auxiliary else []), progress],
@@ -200,10 +220,11 @@ def train_opd(
         total = sum(config.weights.get(domain, 1.0) for domain in domains)
         trainer.kind, trainer.teachers, trainer.experts = config.divergence, teachers, job.teachers
         trainer.weights = {domain: config.weights.get(domain, 1.0) / total for domain in domains}
-        trainer.reward, trainer.rollouts, trainer.progress = job.reward, generation, progress
+        trainer.reward, trainer.progress = job.reward, progress
         trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
         trainer.train()
-    return trainer.difference, generation.publish_seconds
+    generation.finish()
+    return Sampled.of(generation, trainer.difference)
 
 
 def opd_arguments(config: OpdStage, max_new_tokens: int, directory: str, seed: int) -> DistillationConfig:

@@ -23,6 +23,7 @@ NAMES = {
     "frac_reward_zero_std": "zero_std_groups",
     "kl": "kl",
     "clip_ratio/region_mean": "clip_fraction",
+    "cispo_clip_ratio": "clip_fraction",
     "sampling/importance_sampling_ratio/mean": "importance_ratio_mean",
 }
 """TRL's names of what is reported, and ours. What TRL logs beyond them is dropped."""

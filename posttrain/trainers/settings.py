@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -56,12 +57,16 @@ def training_arguments(
     return kind(**(settings | more))
 
 
-def cycle(items: Sequence[Item], count: int, seed: int) -> list[Item]:
-    """`count` items: all in the given order, then again in orders shuffled by `seed`, until there are enough."""
-    taken = list(items[:count])
+def endless(items: Sequence[Item], seed: int) -> Iterator[Item]:
+    """All items in the given order, then again and again in orders shuffled by `seed`."""
+    yield from items
     generator = random.Random(seed)
-    while len(taken) < count:
+    while True:
         again = list(items)
         generator.shuffle(again)
-        taken += again[: count - len(taken)]
-    return taken
+        yield from again
+
+
+def cycle(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """The first `count` of `endless` items."""
+    return list(islice(endless(items, seed), count))

@@ -44,6 +44,7 @@ Batch = dict[str, Any]
 
 PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
     GRPOTrainer._tokenize_prompts: ("self", "prompts"),
+    GRPOTrainer._generate: ("self", "prompts"),
     GRPOTrainer._generate_and_score_completions: ("self", "inputs"),
     GRPOTrainer._compute_loss: ("self", "model", "inputs"),
     GRPOTrainer._get_per_token_logps_and_entropies: (
@@ -82,14 +83,26 @@ SOURCE: dict[Callable[..., Any], tuple[str, ...]] = {
         "self.vllm_generation.sync_weights()",
         "self.vllm_generation.generate(",
     ),
+    GRPOTrainer._generate: (
+        "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images",
+    ),
     GRPOTrainer._generate_and_score_completions: (
+        '[x["prompt"] for x in inputs]',
+        "self._calculate_rewards(inputs, prompts, completions, completion_ids_list)",
+        "completion_mask if tool_mask is None else completion_mask * tool_mask",
         '"old_per_token_logps"',
         '"sampling_per_token_logps"',
         "self.vllm_importance_sampling_correction",
         "self.beta != 0.0",
         "self.ref_model",
     ),
-    GRPOTrainer._compute_loss: ('inputs["ref_per_token_logps"]', "self.beta", "self.use_vllm"),
+    DistillationTrainer._generate_and_score_completions: ('[x["prompt"] for x in inputs]',),
+    GRPOTrainer._compute_loss: (
+        'completion_mask * inputs["tool_mask"]',
+        'inputs["ref_per_token_logps"]',
+        "self.beta",
+        "self.use_vllm",
+    ),
     SFTTrainer.compute_loss: ("self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1",),
     Trainer.training_step: ("loss / self.current_gradient_accumulation_steps",),
     GRPOTrainer._prepare_inputs: ("self.args.steps_per_generation", "shuffle_sequence_dict(generation_batch)"),
@@ -116,7 +129,13 @@ def broken_contracts() -> list[str]:
 
 
 class Generation(Protocol):
-    """What TRL asks of its vLLM client; ours talks to the rollout workers instead."""
+    """What TRL asks of its vLLM client, and what the trainers below ask; ours talks to the rollout workers."""
+
+    def draw(self) -> list[Batch]:
+        """Sample the next batch; returns the rows of the data set that it consists of, repeated for each sample."""
+
+    def loss_masks(self) -> list[list[int]] | None:
+        """For each token of each sample of the batch 1 if something is learned from it; None when that is so of all."""
 
     def sync_weights(self) -> None: ...
 
@@ -128,8 +147,9 @@ class Generation(Protocol):
 def inject_generation(trainer: GRPOTrainer | DistillationTrainer, generation: Generation) -> None:
     """Make `trainer` sample through `generation`, as if it were TRL's own vLLM client.
 
-    TRL then publishes the weights once for each step that generates, and in GRPO corrects for the difference
-    between the sampler's log-probabilities and its own.
+    The trainers below have it draw the batch, and put its rows in place of the data loader's: which prompts make a
+    batch is decided by what is finished. TRL then asks it for the answers to these rows, and in GRPO corrects for the
+    difference between the sampler's log-probabilities and its own.
     """
     trainer.use_vllm = True
     trainer.vllm_generation = generation
@@ -189,6 +209,7 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     ) -> None:
         self._kept_forward: tuple[Tensor, Tensor] | None = None
         self._kept_rows: Tensor | None = None
+        self.rollouts = generation
         super().__init__(*args, **kwargs)
         if self.beta != 0.0:
             raise ValueError("give beta to the trainer, not to GRPOConfig: TRL would load the reference by itself")
@@ -205,8 +226,12 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
             and self.args.gradient_accumulation_steps == self.args.steps_per_generation == 1
         )
 
-    def batch_scored(self, trainer_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor) -> None:
-        """Called for every generated batch: log-probabilities of the sampled tokens on both sides, mask 1 on tokens."""
+    def batch_scored(self, batch: Batch) -> None:
+        """Called for every generated batch, which it may change, before it is split and shuffled.
+
+        `old_per_token_logps` and `sampling_per_token_logps` are the trainer's and the sampler's log-probabilities of
+        the sampled tokens; `completion_mask` is 1 on tokens, `tool_mask`, if there, on those that are learned from.
+        """
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
@@ -214,10 +239,17 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}
 
+    def _generate(self, prompts: list[list[int]]) -> tuple[Any, ...]:
+        output = super()._generate(prompts)
+        masks = self.rollouts.loss_masks()
+        return output if masks is None else (*output[:2], masks, *output[3:])  # in place of those of tool calls
+
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
+        """TRL's on the rows that the generation draws, whatever the data loader has."""
+        inputs = self.rollouts.draw()
         output = super()._generate_and_score_completions(inputs)
         output["row"] = torch.arange(len(inputs))  # TRL shuffles the rows afterwards
-        self.batch_scored(output["old_per_token_logps"], output["sampling_per_token_logps"], output["completion_mask"])
+        self.batch_scored(output)
         return output
 
     def _get_per_token_logps_and_entropies(
@@ -261,6 +293,7 @@ class OnPolicyTrainer(WithAuxiliary, DistillationTrainer):
     """
 
     def __init__(self, *args: Any, generation: Generation, **kwargs: Any) -> None:
+        self.rollouts = generation
         super().__init__(*args, teacher_model=None, **kwargs)
         if self.args.gradient_accumulation_steps != 1:
             raise ValueError("rows are ordered by teacher within one update: gradient_accumulation_steps must be 1")
@@ -285,6 +318,8 @@ class OnPolicyTrainer(WithAuxiliary, DistillationTrainer):
         return prompts, None, {}
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
+        """TRL's on the rows that the generation draws, whatever the data loader has."""
+        inputs = self.rollouts.draw()
         output = super()._generate_and_score_completions(inputs)
         self.batch_generated(inputs)
         return output

@@ -84,12 +84,20 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, kind: Kind) -> li
 def _converted(source: Path, kind: Kind, rounded_experts: bool) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in iterate_tensors(source):
         try:
-            yield from _convert(name, tensor, kind, rounded_experts)
+            yield from convert_tensor(name, tensor, kind, rounded_experts)
         except ValueError as error:
             raise CheckpointError(f"{source}: tensor {name}: {error}") from error
 
 
-def _convert(name: str, tensor: Tensor, kind: Kind, rounded_experts: bool) -> Iterator[tuple[str, Tensor]]:
+def convert_tensor(name: str, tensor: Tensor, kind: Kind, rounded_experts: bool) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of a released name as the format has it: itself, rounded, or its quantised form and its scales.
+
+    Args:
+        rounded_experts: whether training met the routed experts rounded to MXFP4; bf16 then holds those numbers.
+
+    Raises:
+        ValueError: a shape that the format cannot hold.
+    """
     scale_name = name.removesuffix("weight") + "scale"
     if kind == "fp8_fp4" and FP4.match(name):
         packed, scales = quantize_mxfp4(tensor)

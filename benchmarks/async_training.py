@@ -1,0 +1,222 @@
+"""`python -m benchmarks.async_training`: GRPO with asynchronous rollouts against synchronous ones, at equal samples.
+
+One warm base model, then the same stage in each mode in turn, on the same processes: a trainer and the rollout workers
+of a recipe. Who idles is taken from the first step to the last: the trainer while it waits for samples, the generators
+while their engines have nothing to do. Writes async_training.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.cluster import start_cluster
+from posttrain.data import load_domains
+from posttrain.files import atomic_write
+from posttrain.observe.environment import describe_environment
+from posttrain.observe.metrics import read_metrics
+from posttrain.recipe import Recipe, load_recipe
+from posttrain.recipe.schema import GrpoStage, HoldoutEvaluation, RolloutConfig
+from posttrain.rundir import RunDirectory
+from posttrain.session import describe_engine
+from posttrain.stages.evaluate import measure_problems
+from posttrain.stages.grpo import draw, prompts_of
+from posttrain.stages.initial import initial_checkpoint, tokenizer_for
+from posttrain.stages.scoring import DomainRewards
+from posttrain.stages.sft import run_sft
+from posttrain.stages.work import Work
+from posttrain.trainers.jobs import GrpoJob
+from rollouts.pool import RolloutClient
+
+MODES: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "async, deterministic": {"mode": "async", "deterministic": True},
+    "async, 1 step": {"mode": "async", "max_staleness": 1},
+    "async, 3 steps": {"mode": "async", "max_staleness": 3},
+}
+"""What is compared: options of the recipe's `rollout` section."""
+DOMAIN = "arithmetic"
+POLL_SECONDS = 0.1
+
+
+@dataclass
+class Watch:
+    """The generators' busy seconds over time, while a stage runs."""
+
+    client: RolloutClient
+    times: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    """Of all workers together."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Poll the workers in a thread."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._poll, args=(over,))
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _poll(self, over: threading.Event) -> None:
+        while not over.wait(POLL_SECONDS):
+            stats = self.client.stats()
+            self.times.append(time.time())
+            self.busy.append(sum(one.busy_seconds for one in stats))
+
+    def share(self, begin: float, end: float, workers: int) -> float:
+        """Share of the time from `begin` to `end` (unix seconds) that a worker was busy."""
+        inside = [(at, busy) for at, busy in zip(self.times, self.busy, strict=True) if begin <= at <= end]
+        (first, busy_before), (last, busy_after) = inside[0], inside[-1]
+        return (busy_after - busy_before) / ((last - first) * workers)
+
+
+def main() -> None:
+    """Compare, print a table, write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.async_training", description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_v4.yaml"))
+    parser.add_argument("--warmup", type=int, default=300, help="SFT steps of the base model")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=64, help="prompts in one step, each answered 8 times")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--running", type=int, default=256, help="answers that a generator works on at once")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of async_training.json")
+    arguments = parser.parse_args()
+    results = compare(arguments)
+    atomic_write(arguments.output / "async_training.json", json.dumps(results, indent=2) + "\n")
+    show(results)
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every mode with every seed, the modes in turn."""
+    recipe = load_recipe(
+        arguments.recipe,
+        [
+            f"cluster.rollout_workers={arguments.workers}",
+            f"rollout.max_num_seqs={arguments.running}",
+            "cluster.trainers=1",
+            "cluster.dashboard=false",
+            f"stages.base.steps={arguments.warmup}",
+            *arguments.set,
+        ],
+    )
+    with tempfile.TemporaryDirectory(prefix="async-training-") as directory:
+        run = RunDirectory.create(directory, None, recipe)
+        domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
+        initial = initial_checkpoint(recipe, run, tokenizer)
+        describe_engine(recipe, initial, run.path / "engine")
+        with start_cluster(recipe, run.path / "engine", run.path) as cluster:
+            work = Work(recipe, run, domains, tokenizer, cluster)
+            assert recipe.stages.base is not None
+            base = run_sft(work, "base", recipe.stages.base, [DOMAIN], initial)
+            begin = accuracy(work, base, 1)
+            runs = [
+                {"mode": mode, "seed": seed, **measure(work, arguments, base, mode, seed)}
+                for seed in range(arguments.seeds)
+                for mode in arguments.modes
+            ]
+    return {
+        "schema": 1,
+        "environment": describe_environment(),
+        "settings": vars(arguments) | {"recipe": str(arguments.recipe), "output": str(arguments.output)},
+        "accuracy_before": begin,
+        "runs": runs,
+    }
+
+
+def measure(work: Work, arguments: argparse.Namespace, base: Path, mode: str, seed: int) -> dict[str, Any]:
+    """One stage from the base model: how long it took, who waited, what was learned."""
+    import ray
+
+    (original,) = (stage for stage in work.recipe.expert_stages(DOMAIN) if isinstance(stage, GrpoStage))
+    config = original.model_copy(update={"steps": arguments.steps, "prompts_per_step": arguments.prompts})
+    stage = f"grpo/{seed}"  # the same in every mode: the same random numbers
+    problems = draw(work, stage, DOMAIN, config.steps * config.prompts_per_step)
+    client = work.cluster.client()
+    job = GrpoJob(
+        stage=stage,
+        config=config,
+        checkpoint=str(base),
+        output=str(work.run.path / "checkpoints" / f"{seed}-{list(MODES).index(mode)}"),
+        prompts=prompts_of(work, problems),
+        max_new_tokens=work.recipe.domains[DOMAIN].max_new_tokens,
+        reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems),
+        rollout=RolloutConfig(**(work.recipe.rollout.model_dump() | MODES[mode])),
+    )
+    watch, started = Watch(client), time.time()
+    with watch.running():
+        result = ray.get(work.cluster.trainers[0].grpo.remote(job, client))
+    lines = [one for one in read_metrics(work.run.path / "metrics.jsonl") if "step" in one and one["time"] > started]
+    begin, end = lines[0]["time"], lines[-1]["time"]
+    waited = sum(one["metrics"]["seconds_generate"] for one in lines[1:])
+    version = (client.weight_version() or 0) + 1
+    return {
+        "seconds": end - begin,
+        "trainer_waits": waited / (end - begin),
+        "generators_busy": watch.share(begin, end, arguments.workers),
+        "tokens": result.tokens,
+        "off_policy": result.off_policy,
+        "largest_difference": result.max_abs_logprob_diff,
+        "accuracy": accuracy(work, Path(result.checkpoint), version),
+    }
+
+
+def accuracy(work: Work, checkpoint: Path, version: int) -> float:
+    """pass@1 on the held-out problems."""
+    recipe: Recipe = work.recipe
+    problems = work.domains[DOMAIN].holdout
+    client = work.cluster.client()
+    client.load_checkpoint(checkpoint, version)
+    rewards = DomainRewards(recipe, str(work.run.tokenizer_path), problems)
+    return measure_problems(recipe, client, work.tokenizer, problems, rewards, HoldoutEvaluation()).accuracy
+
+
+def show(results: dict[str, Any]) -> None:
+    """Medians over the seeds, with ranges in brackets."""
+    by_mode = {mode: [run for run in results["runs"] if run["mode"] == mode] for mode in results["settings"]["modes"]}
+    first = {run["seed"]: run["seconds"] for run in next(iter(by_mode.values()))}
+    print(f"accuracy before: {100 * results['accuracy_before']:.1f} %")
+    columns = [
+        "mode",
+        "seconds",
+        f"{next(iter(by_mode))} / this",
+        "trainer waits",
+        "generators busy",
+        "mean age",
+        "after",
+    ]
+    print(f"| {' | '.join(columns)} |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for mode, runs in by_mode.items():
+        cells = [
+            spread([run["seconds"] for run in runs], "{:.1f}"),
+            spread([first[run["seed"]] / run["seconds"] for run in runs], "{:.2f}"),
+            spread([100 * run["trainer_waits"] for run in runs], "{:.0f} %"),
+            spread([100 * run["generators_busy"] for run in runs], "{:.0f} %"),
+            spread([run["off_policy"]["staleness_mean"] for run in runs], "{:.2f}"),
+            spread([100 * run["accuracy"] for run in runs], "{:.1f} %"),
+        ]
+        print(f"| {mode} | " + " | ".join(cells) + " |")
+
+
+def spread(values: list[float], form: str) -> str:
+    """`median [lowest–highest]`."""
+    return f"{form.format(statistics.median(values))} [{form.format(min(values))}–{form.format(max(values))}]"
+
+
+if __name__ == "__main__":
+    main()

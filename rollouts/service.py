@@ -1,0 +1,489 @@
+"""The rollout service: one Ray actor that owns the workers, the queue, the weights and the log of a run.
+
+    clients (`rollouts.client`)  groups in, finished groups out
+    scheduler                    which sample runs where
+    fleet                        workers: started, fed, watched, replaced
+    log                          every token, before anybody hears of it
+
+Anything may be killed. A worker's samples go on from its log on other workers. When the service itself is killed Ray
+starts it again: it reads the log, starts workers, and its clients tell it again what they wait for and which weights
+they published. When the driver is killed, so is all of it; the next one that opens the same log and submits the same
+ids gets what was finished, and the rest goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError
+
+from posttrain.errors import RunFailed
+from posttrain.files import atomic_write
+from rollouts.fleet import Fleet, FleetStats, Slot, Weights
+from rollouts.lanes import LaneWeights
+from rollouts.log.compaction import LogKeeper
+from rollouts.log.reader import Recovered, RecoveredRequest, recover
+from rollouts.recovery import continued, read_attempts, recovered_progress
+from rollouts.scheduler import Ended, Lane, Limits, Progress, Scheduler
+from rollouts.settings import EngineInfo, EngineSettings
+from rollouts.types import Completion, FinishedGroup, GroupRequest
+from rollouts.weights import WeightUpdate
+from rollouts.worker import Report, WorkerStats
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+COMPACT_SECONDS = 5.0
+"""Between two looks for segments of the log that nobody needs."""
+LOCK_SECONDS = 15.0
+"""How long a service that was killed may take to let go of the log."""
+RESIZED = "workers"
+"""A file that says how many workers `resize` asked for, should the service be started anew."""
+PUBLISHER_SECONDS = 60.0
+"""After a restart, how long to wait for the client that has the weights; until then others may not be served."""
+UNNAMED = "unnamed/"
+"""Begins the ids of groups that nobody can ask for again after the driver's death (`RolloutClient.generate`)."""
+
+Judge = Callable[[GroupRequest, Completion], float]
+"""A verdict on a completion, such as its reward."""
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What the service is started from; picklable."""
+
+    engine: EngineSettings
+    workers: int
+    directory: str
+    """Of the log."""
+    gpus_per_worker: float = 0
+    queue_samples: int = 4096
+    """Unfinished samples of a lane, beyond which `submit` waits."""
+    stuck_seconds: float = 300.0
+    """Without a token or an answer, after which a worker is dumped and replaced."""
+    spares: int = 0
+    """Processes that are kept ready to replace a worker."""
+    deaths: int = 3
+    """See `Limits.deaths`."""
+    domain_running: Mapping[str, int] = field(default_factory=dict)
+    """See `Limits.domain_running`."""
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """End a group once its first `after` finished samples have equal verdicts: it will hardly say more.
+
+    What finishes first is short, so this favours short answers in what it decides by; hence it is off by default.
+    """
+
+    after: int
+    judge: Judge
+    """Called in the service's process; picklable."""
+
+
+@dataclass(frozen=True)
+class ServiceStats:
+    """The state of the service."""
+
+    epoch: str
+    pid: int
+    workers: dict[int, int]
+    """Index → process of the workers that are there."""
+    ready: list[int]
+    """Workers with weights."""
+    waiting: int
+    """Samples in no engine."""
+    running: int
+    ready_groups: int
+    """Finished and not collected, or not acknowledged."""
+    deaths: int
+    stuck: int
+    quarantined: int
+    recovery_seconds: list[float]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A group that was submitted and not acknowledged."""
+
+    request: GroupRequest
+    session: str
+    early_stop: EarlyStop | None
+    ended: Ended | None = None
+    delivered: bool = False
+
+
+class RolloutService:
+    """The methods of the actor. Clients call `call`, which tells them when the service was started anew."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        self.epoch = f"{os.getpid()}-{time.time_ns()}"
+        self._starting: asyncio.Task[EngineInfo] | None = None
+        self._restarted = False
+        self._scheduler = Scheduler(
+            Limits(
+                running=settings.engine.max_num_seqs,
+                ahead=max(2, settings.engine.max_num_seqs // 8),
+                deaths=settings.deaths,
+                domain_running=settings.domain_running,
+            )
+        )
+        self._directory = Path(settings.directory)
+        self._keeper: LogKeeper
+        self._fleet: Fleet
+        self._logged: dict[str, RecoveredRequest] = {}
+        """What the log had when the service started, until somebody asks for it."""
+        self._keeping = asyncio.Lock()
+        self._weights: LaneWeights
+        self._admitting: dict[Lane, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._entries: dict[str, _Entry] = {}
+        self._quarantined = 0
+        self._changed = asyncio.Event()
+        self._failure: Exception | None = None
+        self._judging: set[asyncio.Task[None]] = set()
+
+    async def call(self, epoch: str | None, method: str, *arguments: Any) -> tuple[str, Any]:
+        """Call a method for a client that knows the service under `epoch`.
+
+        Returns:
+            The service's epoch, and what the method returned; None without a call when the epochs differ: the client
+            then tells again what it waits for (`adopt`).
+        """
+        if epoch is not None and epoch != self.epoch:
+            return self.epoch, None
+        await self.start()
+        return self.epoch, await getattr(self, method)(*arguments)
+
+    async def start(self, driver: bool = False) -> EngineInfo:
+        """Open the log and start the workers; waits until all of them have an engine. May be called again.
+
+        Args:
+            driver: A new driver has come: forget what only an earlier one could have asked for, or had decided.
+
+        Raises:
+            BadInput: settings that the model cannot serve.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start(driver))
+        return await asyncio.shield(self._starting)
+
+    async def adopt(self, lane: Lane, version: int, publications: list[tuple[str, list[Any]]]) -> None:
+        """After a restart: make a client's publications again, up to its latest, unless others made newer ones."""
+        if (self._weights.version(lane) or -1) < version:
+            for method, arguments in publications:
+                await getattr(self, method)(lane, *arguments)
+
+    async def submit(
+        self, session: str, lane: Lane, groups: Sequence[GroupRequest], early_stop: EarlyStop | None
+    ) -> None:
+        """Queue groups; waits while the lane's queue is full. Those that are here already are handed out once more.
+
+        Raises:
+            RunFailed: the lane has no weights.
+        """
+        await self._require_weights(lane)
+        async with self._admitting[lane]:
+            order = self._scheduler.next_order()
+            for row, group in enumerate(groups):
+                if self._scheduler.unfinished(lane) >= self.settings.queue_samples:
+                    self._pump()
+                    await self._until(lambda: self._scheduler.unfinished(lane) < self.settings.queue_samples)
+                self._admit(session, lane, group, early_stop, order, row)
+        self._pump()
+
+    async def collect(self, session: str, count: int, ids: Sequence[str] | None, seconds: float) -> list[FinishedGroup]:
+        """Up to `count` groups of a session that have ended; waits up to `seconds` for the first."""
+
+        def ready() -> list[_Entry]:
+            entries = self._entries.values() if ids is None else [self._entries[i] for i in ids if i in self._entries]
+            return [entry for entry in entries if entry.session == session and entry.ended and not entry.delivered]
+
+        await self._until(lambda: bool(ready()), seconds)
+        groups = []
+        for entry in ready()[:count]:
+            assert entry.ended is not None
+            entry.delivered = True
+            groups.append(entry.ended.group)
+        return groups
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        """Groups that were consumed for good: the log may forget them. What is still being sampled is stopped."""
+        await self.cancel(ids)
+        attempts: dict[str, int] = {}
+        for group_id in ids:
+            entry = self._entries.pop(group_id, None)
+            if entry is not None and entry.ended is not None:
+                attempts |= entry.ended.attempts
+        wanted = set(ids)
+        for sample_id in [key for key in self._logged if key.rpartition("#")[0] in wanted]:
+            attempts.setdefault(sample_id, self._logged.pop(sample_id).attempt)
+        await self._acknowledge(attempts)
+
+    async def cancel(self, ids: Sequence[str]) -> None:
+        """Stop sampling groups; they are forgotten unless they have ended."""
+        unfinished = [i for i in ids if i in self._entries and self._entries[i].ended is None]
+        for worker, samples in self._scheduler.cancel(unfinished).items():
+            self._fleet.send(worker, [], samples)
+        for group_id in unfinished:
+            del self._entries[group_id]
+        self._pump()
+
+    async def known_checksums(self, lane: Lane) -> dict[str, str]:
+        """Of the weights that were published last in a lane: tensors that have them need not be sent."""
+        return self._weights.checksums(lane)
+
+    async def publish(self, lane: Lane, update: Sequence[ObjectRef[WeightUpdate]]) -> None:
+        """Have all workers of a lane take an update (the only element); when it returns, all serve it.
+
+        Raises:
+            RunFailed: damaged, a version that does not grow, or an engine that does not hold what was sent.
+        """
+        await self._weights.publish(lane, await update[0])
+
+    async def load_checkpoint(self, lane: Lane, path: str, version: int) -> None:
+        """Have all workers of a lane load a checkpoint directory; errors as `publish`, and BadInput."""
+        await self._weights.load_checkpoint(lane, path, version)
+
+    async def weight_version(self, lane: Lane) -> int | None:
+        """The newest version on the lane's workers; None before the first."""
+        return self._weights.version(lane)
+
+    async def score(self, lane: Lane, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """See `RolloutClient.score`: rows are shared out over the lane's workers."""
+        while True:
+            slots = [slot for slot in self._fleet.lane(lane) if slot.version is not None]
+            if not slots:
+                await self._require_weights(lane)
+                await self._until(lambda: any(slot.version is not None for slot in self._fleet.lane(lane)))
+                continue
+            costs = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+            ranges = split_evenly(costs, len(slots))
+
+            def part(slot: Slot, begin: int, end: int) -> Any:
+                return self._fleet.ask(slot, lambda h: h.score.remote(prompts[begin:end], completions[begin:end]))
+
+            try:
+                parts = await asyncio.gather(*(part(slot, *rows) for slot, rows in zip(slots, ranges, strict=True)))
+            except RayActorError:
+                await asyncio.sleep(0.1)  # until its death is known here too
+                continue
+            return [row for found in parts for row in found]
+
+    async def stats(self, lane: Lane) -> list[WorkerStats]:
+        """One entry for each worker of the lane that is there."""
+        found = await asyncio.gather(*(self._fleet.worker_stats(slot) for slot in self._fleet.lane(lane)))
+        return [stats for stats in found if stats is not None]
+
+    async def service_stats(self) -> ServiceStats:
+        """See `ServiceStats`."""
+        slots = self._fleet.slots.values()
+        fleet: FleetStats = self._fleet.stats
+        return ServiceStats(
+            epoch=self.epoch,
+            pid=os.getpid(),
+            workers={slot.index: slot.worker.pid for slot in slots if slot.worker is not None},
+            ready=[slot.index for slot in slots if slot.version is not None],
+            waiting=self._scheduler.waiting,
+            running=sum(len(self._scheduler.running(slot.index)) for slot in slots),
+            ready_groups=sum(entry.ended is not None for entry in self._entries.values()),
+            deaths=fleet.deaths,
+            stuck=fleet.stuck,
+            quarantined=self._quarantined,
+            recovery_seconds=fleet.recovery_seconds,
+        )
+
+    async def resize(self, workers: int) -> None:
+        """Have so many workers; returns when those that are new have an engine."""
+        atomic_write(self._directory / RESIZED, str(workers))
+        surplus = self._fleet.resize(workers)
+        await asyncio.gather(*(self._fleet.remove(slot) for slot in surplus))
+        await self._until(lambda: all(slot.ready.is_set() for slot in self._fleet.slots.values()))
+
+    async def stop(self) -> None:
+        """End all processes of the service but this one."""
+        if self._starting is not None:
+            self._fleet.stop()
+            self._keeper.close()
+
+    # What the fleet tells (`rollouts.fleet.Owner`).
+
+    def weights_for(self, worker: int) -> Weights | None:
+        """See `Owner`."""
+        return self._weights.of_worker(worker)
+
+    def worker_up(self, worker: int) -> None:
+        """See `Owner`."""
+        self._scheduler.worker_up(worker)
+        self._pump()
+
+    def worker_report(self, worker: int, report: Report) -> None:
+        """See `Owner`."""
+        ended = self._scheduler.report(worker, report.finished, report.running)
+        for group_id, completion in ended:
+            entry = self._entries.get(group_id)
+            if entry is not None and entry.early_stop is not None:
+                task = asyncio.create_task(self._judge(entry, entry.early_stop.judge, completion))
+                self._judging.add(task)
+                task.add_done_callback(self._judging.discard)
+        self._pump()
+
+    def worker_lost(self, worker: int) -> None:
+        """See `Owner`."""
+        self._scheduler.worker_lost(worker)
+
+    async def worker_down(self, worker: int, writer: tuple[str, int], killed: bool) -> None:
+        """See `Owner`."""
+        attempts = await asyncio.to_thread(read_attempts, self._directory, writer)
+        known = {}
+        for sample_id, before in self._scheduler.in_flight(worker).items():
+            attempt = attempts.get(sample_id)
+            known[sample_id] = before if attempt is None else continued(before, attempt)
+        self._scheduler.worker_down(worker, known, killed)
+        self._pump()
+
+    def failed(self, error: Exception) -> None:
+        """See `Owner`."""
+        self._failure = error
+        self._changed.set()
+
+    async def _start(self, driver: bool) -> EngineInfo:
+        self._restarted = not driver
+        self._keeper = await self._open_log()
+        recovered: Recovered = await asyncio.to_thread(recover, self._directory)
+        self._logged = recovered.requests
+        for stacks in self._directory.glob("*.stacks"):
+            if not stacks.stat().st_size:
+                stacks.unlink()
+        self._fleet = Fleet(
+            self.settings.engine,
+            self._directory,
+            self,
+            self.settings.gpus_per_worker,
+            self.settings.stuck_seconds,
+            self.settings.spares,
+        )
+        self._weights = LaneWeights(self._fleet, self._directory / "weights", self.worker_up, self._until)
+        if driver:
+            await self._forget_driver()
+        else:
+            self._weights.restore()
+        resized = self._directory / RESIZED
+        self._fleet.resize(int(resized.read_text()) if resized.exists() else self.settings.workers)
+        self._compacting = asyncio.create_task(self._compact())
+        await self._until(lambda: all(slot.ready.is_set() for slot in self._fleet.slots.values()))
+        assert self._fleet.info is not None
+        return self._fleet.info
+
+    async def _open_log(self) -> LogKeeper:
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return LogKeeper(self._directory)
+            except RunFailed:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.1)
+
+    async def _compact(self) -> None:
+        while True:
+            await asyncio.sleep(COMPACT_SECONDS)
+            try:
+                async with self._keeping:
+                    await asyncio.to_thread(self._keeper.compact)
+            except RunFailed as error:
+                self.failed(error)
+                return
+
+    async def _acknowledge(self, attempts: dict[str, int]) -> None:
+        async with self._keeping:
+            self._keeper.acknowledge(attempts)
+
+    async def _forget_driver(self) -> None:
+        unnamed = [sample_id for sample_id in self._logged if sample_id.startswith(UNNAMED)]
+        await self._acknowledge({sample_id: self._logged.pop(sample_id).attempt for sample_id in unnamed})
+        (self._directory / RESIZED).unlink(missing_ok=True)
+
+    async def _require_weights(self, lane: Lane) -> None:
+        seconds = PUBLISHER_SECONDS if self._restarted else 0
+        if not await self._until(lambda: self._weights.version(lane) is not None, seconds):
+            raise RunFailed("the engines have no weights: publish some before asking them to generate or score")
+
+    def _admit(
+        self, session: str, lane: Lane, group: GroupRequest, early_stop: EarlyStop | None, order: int, row: int
+    ) -> None:
+        entry = self._entries.get(group.id)
+        if entry is not None:
+            entry.session, entry.delivered = session, False
+            return
+        self._entries[group.id] = _Entry(group, session, early_stop)
+        known = {}
+        for number in range(group.sampling.n):
+            sample_id = group.sample_id(number)
+            logged = self._logged.pop(sample_id, None)
+            if logged is not None:
+                known[sample_id] = recovered_progress(logged, group)
+            elif sample_id in self._keeper.acknowledged:
+                known[sample_id] = Progress(attempt=self._keeper.acknowledged[sample_id])
+        self._scheduler.add(group, lane, order, row, known, early_stop.after if early_stop else None)
+
+    async def _judge(self, entry: _Entry, judge: Judge, completion: Completion) -> None:
+        try:
+            verdict = await asyncio.to_thread(judge, entry.request, completion)
+        except Exception as error:
+            self.failed(RunFailed(f"the verdict that stops groups early failed: {error!r}"))
+            return
+        for worker, samples in self._scheduler.judge(entry.request.id, verdict).items():
+            self._fleet.send(worker, [], samples)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send out what can be placed, take in what has ended, wake up who waits."""
+        for worker, requests in self._scheduler.assign().items():
+            self._fleet.send(worker, requests, [])
+        for ended in self._scheduler.take_ended():
+            self._entries[ended.group.request.id].ended = ended
+            self._quarantined += ended.group.failure is not None
+        self._changed.set()
+
+    async def _until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait for a condition on the service's state, and no longer than `seconds`; whether it holds.
+
+        Raises:
+            BadInput, RunFailed: the service has failed.
+        """
+        end = None if seconds is None else time.monotonic() + seconds
+        while not condition():
+            if self._failure is not None:
+                raise self._failure
+            left = 1.0 if end is None else min(1.0, end - time.monotonic())
+            if left <= 0:
+                return False
+            changed = self._changed
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except TimeoutError:
+                continue
+            if changed is self._changed:  # the first to wake up; the others have the same event
+                self._changed = asyncio.Event()
+        return True
+
+
+def split_evenly(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
+    """Cut rows into `parts` contiguous ranges (begin, end) of about the same cost; some may be empty."""
+    total, spent, row, ranges = sum(costs), 0, 0, []
+    for part in range(1, parts + 1):
+        begin = row
+        # A row belongs to the part in which its middle lies.
+        while row < len(costs) and (part == parts or (spent + costs[row] / 2) * parts < total * part):
+            spent += costs[row]
+            row += 1
+        ranges.append((begin, row))
+    return ranges

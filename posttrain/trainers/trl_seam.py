@@ -16,13 +16,15 @@ import trl.import_utils as trl_imports
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
+from posttrain import kernels
+from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
+
 _is_vllm_available = trl_imports.is_vllm_available
 # TRL loads all of vLLM on import if it is there (180 MB and 4 s), for a client that is never used here.
 trl_imports.is_vllm_available = lambda min_version=None: False
 try:
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import add_fused_lm_head
 finally:
     trl_imports.is_vllm_available = _is_vllm_available
@@ -61,10 +63,6 @@ PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
     ChunkedDivergenceFunction.forward: (
         *("ctx", "student_hidden", "student_weight", "student_bias"),
         *("teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature"),
-    ),
-    ChunkedLogProbFunction.forward: (
-        *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
-        *("final_logit_softcapping", "logit_scale", "outputs"),
     ),
     add_fused_lm_head: ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
 }
@@ -267,7 +265,8 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
 
         TRL computes them without gradients right after generation, and then the same numbers again in the loss.
         """
-        parent = super()._get_per_token_logps_and_entropies
+        native = isinstance(self.accelerator.unwrap_model(model), DeepseekV4ForCausalLM)
+        parent = self._sampler_logps if native else super()._get_per_token_logps_and_entropies
         inputs = (model, input_ids, attention_mask, logits_to_keep)
         if self._keeps_forward and model is self.model and model.training:
             if not torch.is_grad_enabled():
@@ -280,6 +279,26 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
                 self._kept_forward = None
                 return logps_BT[self._kept_rows], entropies_BT[self._kept_rows], None
         return parent(*inputs, batch_size, compute_entropy, compute_aux_loss, **kwargs)
+
+    def _sampler_logps(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *options: Any,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Instead of TRL's for our own model: what its engine reports, to the last bit, without logits of a batch."""
+        model = self.accelerator.unwrap_model(model)
+        hidden_BTH = model.model(input_ids, attention_mask).last_hidden_state[:, -logits_to_keep - 1 : -1]
+        real_BT = attention_mask[:, -logits_to_keep:].bool()
+        targets_N = input_ids[:, -logits_to_keep:][real_BT]
+        head_VH = model.get_output_embeddings().weight
+        found = kernels.linear_logprob(hidden_BTH[real_BT], head_VH, targets_N, self.temperature, rounded=True)
+        zeros_BT = hidden_BTH.new_zeros(real_BT.shape, dtype=torch.float32)
+        logps_BT, entropies_BT = (zeros_BT.masked_scatter(real_BT, one_N) for one_N in found)
+        return logps_BT, entropies_BT, None
 
     def _compute_loss(self, model: PreTrainedModel, inputs: Batch) -> Tensor:
         self._kept_rows = inputs["row"]
@@ -355,5 +374,4 @@ class SupervisedTrainer(WithAuxiliary, SFTTrainer):
 
 def sampled_logps(hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """Log-probability of each target under `softmax(hidden @ head.T / temperature)`, in tiles. Shape [N]."""
-    chunk = head_VH.size(0)
-    return ChunkedLogProbFunction.apply(hidden_NH, head_VH, None, targets_N, temperature, chunk, None, 1.0, ())[0]
+    return kernels.linear_logprob(hidden_NH, head_VH, targets_N, temperature, rounded=True)[0]

@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ class Run:
         lengths: list[int] = []
         while len(lengths) < len(self._groups):
             for group in self._client.collect(1, timeout=1):
+                if group.failure is not None:
+                    raise RuntimeError(group.failure)
                 lengths.append(len(group.completions[0].token_ids))
                 self._client.acknowledge([group.request.id])
         self._over.set()
@@ -97,8 +100,12 @@ class Run:
 
     def _kill(self) -> None:
         while not self._over.wait(self._chance.expovariate(1 / self._kill_seconds)):
-            pid, samples = self._chance.choice(ray.get(self._pool._service.__ray_call__.remote(_in_flight)))
-            os.kill(pid, signal.SIGKILL)
+            workers = ray.get(self._pool._service.__ray_call__.remote(_in_flight))
+            if not workers:  # they are being replaced
+                continue
+            pid, samples = self._chance.choice(workers)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
             self._kills += 1
             if self._mode == "restart":
                 self._draw_anew([sample.rpartition("#")[0] for sample in samples])
@@ -116,7 +123,7 @@ class Run:
 
 def _in_flight(service: Any) -> list[tuple[int, list[str]]]:
     """Process and samples of each worker; runs in the service."""
-    slots = [slot for slot in service._fleet.slots.values() if slot.worker is not None]
+    slots = [slot for slot in service._fleet.slots.values() if slot.worker is not None and slot.version is not None]
     return [(slot.worker.pid, service._scheduler.running(slot.index)) for slot in slots]
 
 

@@ -1,5 +1,18 @@
 """Verified rewards: small functions, weighted and added, every part kept. Importing this loads no heavy library."""
 
-from rewards.scorer import RewardResult, Scorer, build, check, known_rewards
+from rewards.batches import batched, needs
+from rewards.rubric import Judge, JudgeRequest
+from rewards.scorer import Answer, RewardResult, Scorer, build, check, known_rewards
 
-__all__ = ["RewardResult", "Scorer", "build", "check", "known_rewards"]
+__all__ = [
+    "Answer",
+    "Judge",
+    "JudgeRequest",
+    "RewardResult",
+    "Scorer",
+    "batched",
+    "build",
+    "check",
+    "known_rewards",
+    "needs",
+]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import BadInput
 from rewards import functions
+from rewards.batches import complaint_about, is_batched
+from rewards.options import check_parameters
 
 if TYPE_CHECKING:
     from posttrain.data.problems import Problem
 
-JUDGES = ("exact", "verifier", "numeric", "math_verify")
+JUDGES = ("exact", "verifier", "numeric", "math_verify", "json_equal", "code", "rubric")
 """Rewards that say whether an answer is right: one of them, or a function of the user's, comes first."""
-SHAPERS = ("format", "length")
+SHAPERS = ("format", "json_format", "language", "length", "effort_length")
 """Rewards that shape an answer whoever is right."""
 
 RewardFunction = Callable[..., float]
@@ -35,6 +36,7 @@ def known_rewards() -> list[str]:
 class RewardResult:
     """The score of one answer."""
 
+    problem_id: str
     total: float
     """The weighted sum of the parts; 0 if a reward failed."""
     parts: dict[str, float] = field(default_factory=dict)
@@ -43,6 +45,19 @@ class RewardResult:
     """Whether the answer counts for pass@1: the first reward gave exactly 1."""
     error: str | None = None
     """Which reward failed and how. Such a sample says nothing of the model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is to be scored."""
+
+    problem: Problem
+    text: str
+    """Without its end token."""
+    token_ids: Sequence[int]
+    """As sampled, with the end token if there was one."""
+    finish_reason: str
+    """`stop` or `length`."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +77,88 @@ class Scorer:
     parts: tuple[Part, ...]
 
     def score(self, problem: Problem, text: str, token_ids: Sequence[int], finish_reason: str) -> RewardResult:
-        """Score one answer. A reward that raises or returns no finite number marks the sample, never the run.
+        """Score one answer; see `score_batch`."""
+        return self.score_batch([Answer(problem, text, token_ids, finish_reason)])[0]
 
-        Args:
-            text: the answer without its end token.
-            token_ids: the sampled tokens, with the end token if there was one.
-            finish_reason: `stop` or `length`.
+    def score_batch(self, answers: Sequence[Answer]) -> list[RewardResult]:
+        """Score answers, of one problem or of many. Programs run side by side, a judge sees all answers at once.
+
+        A reward that raises or returns no finite number marks the sample, never the run; later rewards do not see
+        that answer. One that takes lists and returns a list of the wrong length marks all that it was given.
         """
-        values: dict[str, float] = {}
+        values: list[dict[str, float]] = [{} for _ in answers]
+        errors: list[str | None] = [None for _ in answers]
         for part in self.parts:
-            try:
-                value = float(part.function(problem, text, token_ids, finish_reason, **part.parameters))
-            except Exception as error:
-                return RewardResult(0.0, values, error=f"{part.name}: {type(error).__name__}: {error}")
-            if not math.isfinite(value):
-                return RewardResult(0.0, values, error=f"{part.name}: returned {value}")
-            values[part.name] = value
+            asked = [index for index, error in enumerate(errors) if error is None]
+            for index, value in zip(asked, _values(part, [answers[index] for index in asked]), strict=True):
+                if isinstance(value, str):
+                    errors[index] = f"{part.name}: {value}"
+                else:
+                    values[index][part.name] = value
+        return [self._sum(*scored) for scored in zip(answers, values, errors, strict=True)]
+
+    def _sum(self, answer: Answer, values: dict[str, float], error: str | None) -> RewardResult:
+        if error is not None:
+            return RewardResult(answer.problem.id, 0.0, values, error=error)
         total = sum(part.weight * values[part.name] for part in self.parts)
         # Not "nearly 1", nor "at least 1": reasoning-gym's partial credit for nine right letters out of nine and one
         # too many is nine ninths, 1.0000000000000002. Its right answers get a literal 1.
-        return RewardResult(total, values, correct=values[self.parts[0].name] == 1.0)
+        return RewardResult(answer.problem.id, total, values, correct=values[self.parts[0].name] == 1.0)
+
+    def unfit(self, problems: Iterable[Problem]) -> dict[str, str]:
+        """Problems whose answers cannot be judged: by id, which reward cannot and why."""
+        found: dict[str, str] = {}
+        for problem in problems:
+            for part in self.parts:
+                complaint = complaint_about(part.function, problem, part.parameters)
+                if complaint is not None:
+                    found.setdefault(problem.id, f"{part.name}: {complaint}")
+        return found
+
+
+def _values(part: Part, answers: Sequence[Answer]) -> list[float | str]:
+    """What a reward says of each answer, or what went wrong."""
+    if not is_batched(part.function):
+        return [_one_value(part, answer) for answer in answers]
+    if not answers:
+        return []
+    try:
+        given: Any = part.function(
+            [one.problem for one in answers],
+            [one.text for one in answers],
+            [one.token_ids for one in answers],
+            [one.finish_reason for one in answers],
+            **part.parameters,
+        )
+        if len(given) != len(answers):
+            return [f"returned {len(given)} rewards for {len(answers)} answers"] * len(answers)
+        return [_number_or_complaint(value) for value in given]
+    except Exception as error:
+        return [_words(error)] * len(answers)
+
+
+def _one_value(part: Part, answer: Answer) -> float | str:
+    try:
+        value = part.function(answer.problem, answer.text, answer.token_ids, answer.finish_reason, **part.parameters)
+    except Exception as error:
+        return _words(error)
+    return _number_or_complaint(value)
+
+
+def _number_or_complaint(value: Any) -> float | str:
+    if isinstance(value, Exception):
+        return _words(value)
+    try:
+        if hasattr(value, "__len__") and getattr(value, "shape", None) != ():
+            return f"returned a {type(value).__name__} of length {len(value)}, not one number"
+        number = float(value)
+    except Exception as error:
+        return _words(error)
+    return number if math.isfinite(number) else f"returned {number}"
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def build(specs: Sequence[Spec], where: str = "reward") -> Scorer:
@@ -144,7 +221,9 @@ def _build_part(spec: Spec, where: str) -> Part:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
         raise BadInput(f"{where}: the weight of {name} is a number of at least 0, not {weight!r}")
     function = _import_function(name, where) if ":" in name else _known_function(name, where)
-    _check_parameters(name, function, options, where)
+    if name == "rubric" and isinstance(options.get("judge"), str):
+        options["judge"] = _import_function(options["judge"], where)
+    check_parameters(name, function, options, where)
     return Part(name, function, options, float(weight))
 
 
@@ -168,26 +247,3 @@ def _import_function(path: str, where: str) -> RewardFunction:
     if not callable(function):
         raise BadInput(f"{where}: {path} is not a function")
     return function
-
-
-def _check_parameters(name: str, function: RewardFunction, options: Mapping[str, Any], where: str) -> None:
-    """The options fit the function's signature, and for the project's own rewards also their meaning."""
-    try:
-        inspect.signature(function).bind(None, "", [], "stop", **options)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}: {name} does not take these options: {error}") from error
-    if name == "length":
-        target, limit = options["target"], options["limit"]
-        if not (isinstance(target, int) and isinstance(limit, int) and 0 <= target < limit):
-            raise BadInput(f"{where}: length needs whole numbers 0 <= target < limit, not {target!r} and {limit!r}")
-    if name == "numeric":
-        tolerance = options.get("tolerance", 0.0)
-        if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
-            raise BadInput(f"{where}: the tolerance of numeric is a number in [0, 1), not {tolerance!r}")
-    if name == "format":
-        import regex
-
-        try:
-            regex.compile(options["pattern"])
-        except (regex.error, TypeError) as error:
-            raise BadInput(f"{where}: the pattern {options['pattern']!r} is no regular expression: {error}") from error

@@ -156,13 +156,14 @@ class RolloutClient:
 
     def acknowledge(self, ids: Sequence[str]) -> None:
         """These groups were consumed for good: the log may forget them."""
-        self._forget(ids)
-        self._call("acknowledge", list(ids))
+        self.cancel(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """Stop sampling these groups; they will not be collected."""
-        self._forget(ids)
-        self._call("cancel", list(ids))
+        """Nobody wants these groups: they are not sampled any further, not collected, and the log may forget them."""
+        with self._lock:
+            for group_id in ids:
+                self._outstanding.pop(group_id, None)
+        self._call("forget", list(ids))
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """Sample `sampling.n` completions of each prompt, on all workers at once.
@@ -250,11 +251,6 @@ class RolloutClient:
     def service_stats(self) -> ServiceStats:
         """Of the service as a whole."""
         return self._call("service_stats")
-
-    def _forget(self, ids: Sequence[str]) -> None:
-        with self._lock:
-            for group_id in ids:
-                self._outstanding.pop(group_id, None)
 
     def _submit(self, groups: Sequence[GroupRequest], early_stop: EarlyStop | None) -> None:
         def wanted() -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ WORKER_CALLS = 8
 """Calls that a worker can answer at once, most of which wait for its engine's thread."""
 POLL_SECONDS = 0.25
 BARREN_LIVES = 8
-"""So many workers in a row of which no token came, in one place: then the service gives up."""
+"""So many workers in a row that died before they had a sample, in one place: then the service gives up."""
 START_SECONDS = 1800.0
 """How long an engine may take to be built: large ones compile kernels meanwhile."""
 DUMP_SECONDS = 5.0
@@ -105,8 +105,8 @@ class Owner(Protocol):
     def worker_report(self, worker: int, report: Report) -> None:
         """What it said when it was polled."""
 
-    def worker_lost(self, worker: int) -> None:
-        """It is gone, or about to be."""
+    def worker_lost(self, worker: int) -> bool:
+        """It is gone, or about to be; whether it had samples."""
 
     async def worker_down(self, worker: int, writer: tuple[str, int], killed: bool) -> None:
         """It is gone, and nothing more comes into its log. `killed`: not because it was asked to go."""
@@ -196,9 +196,11 @@ class Fleet:
         self.slots, self._spares = {}, []
 
     def send(self, worker: int, requests: Sequence[SampleRequest], cancelled: Sequence[str]) -> None:
-        """Give a worker samples and have it forget others, soon and in this order."""
-        slot = self.slots[worker]
-        slot.requests += requests
+        """Give a worker samples and have it forget others, soon; one that is about to go gets nothing."""
+        slot = self.slots.get(worker)
+        if slot is None:
+            return
+        slot.requests = [request for request in slot.requests if request.id not in cancelled] + list(requests)
         slot.cancelled += cancelled
         slot.wake.set()
 
@@ -252,8 +254,9 @@ class Fleet:
                     self._owner.failed(cause)
                     return
                 lost_at = time.monotonic()
-                barren = 0 if slot.beat is not None and slot.beat.tokens else barren + 1
-                self._owner.worker_lost(slot.index)
+                # Samples that end workers are given up by the scheduler.
+                worked = self._owner.worker_lost(slot.index) or (slot.beat is not None and slot.beat.tokens > 0)
+                barren = 0 if worked else barren + 1
                 self.stats.deaths += 1
                 self.stats.stuck += isinstance(error, Stuck)
                 if isinstance(error, Stuck):
@@ -261,7 +264,9 @@ class Fleet:
                 await self._end(slot, killed=True)
                 if barren >= BARREN_LIVES:
                     reason = _reason(error)
-                    self._owner.failed(RunFailed(f"{barren} rollout workers in a row ended without a token: {reason}"))
+                    self._owner.failed(
+                        RunFailed(f"{barren} rollout workers in a row died before they had a sample: {reason}")
+                    )
                     return
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -273,7 +278,7 @@ class Fleet:
 
     async def _start(self, slot: Slot) -> None:
         """A worker with an engine and, if there are any, with weights; then the owner knows of it."""
-        slot.worker, slot.beat = await self._take_spare(), None
+        slot.worker = await self._take_spare()
         slot.incarnation += 1
         start = slot.worker.handle.start.remote(str(self._directory), slot.name, slot.incarnation)
         try:
@@ -341,7 +346,7 @@ class Fleet:
 
     async def _end(self, slot: Slot, killed: bool) -> None:
         """See to it that the process is gone, then tell the owner."""
-        worker, slot.worker, slot.version = slot.worker, None, None
+        worker, slot.worker, slot.version, slot.beat = slot.worker, None, None, None
         slot.requests, slot.cancelled = [], []
         slot.ready.clear()
         slot.wake.clear()

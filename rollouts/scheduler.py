@@ -6,7 +6,7 @@ few more, so that it never waits for the service; the others wait here, where an
 
 A sample that was in flight when its worker died goes on from its logged tokens. If it had none since it was placed, it
 may be what killed the worker: after `ISOLATE_AFTER` such deaths in a row it is tried alone on an empty worker, and
-given up after `Limits.deaths`. The first token that it gets clears it.
+given up when it has ended `Limits.deaths` of these. The first token that it gets clears it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Limits:
     ahead: int = 0
     """Samples beyond that which wait in the engine, so that it need not wait for the service."""
     deaths: int = 3
-    """Deaths in a row, without a token in between, after which a sample is given up. At least `ISOLATE_AFTER`."""
+    """Workers in a row that a sample may end on which it was alone and got no token; then it is given up."""
     domain_running: Mapping[str, int] = field(default_factory=dict)
     """Samples of a domain that may be in engines at once; domains that are not named have no limit."""
 
@@ -95,6 +95,8 @@ class _Sample:
     """Tokens as its worker last reported."""
     deaths: int = 0
     """In a row, without a token in between."""
+    deaths_alone: int = 0
+    """Those among them that met no other sample, since it is a suspect."""
 
     @property
     def suspect(self) -> bool:
@@ -213,10 +215,16 @@ class Scheduler:
         """A worker is ready to sample."""
         self._workers.setdefault(worker, _Worker())
 
-    def worker_lost(self, worker: int) -> None:
-        """A worker is gone: it gets nothing more, and `worker_down` will say what is left of its samples."""
-        if worker in self._workers:
-            self._workers[worker].lost = True
+    def worker_lost(self, worker: int) -> bool:
+        """A worker is gone: it gets nothing more, and `worker_down` will say what is left of its samples.
+
+        Returns:
+            Whether it has any.
+        """
+        if worker not in self._workers:
+            return False
+        self._workers[worker].lost = True
+        return bool(self._workers[worker].running)
 
     def worker_down(self, worker: int, known: Mapping[str, Progress], killed: bool = True) -> None:
         """What became of the samples of a worker that is gone: they are queued again, or end.
@@ -226,7 +234,8 @@ class Scheduler:
             killed: Whether they may be the reason; not so when the worker was asked to go.
         """
         gone = self._workers.pop(worker, None)
-        for sample in list(gone.running.values()) if gone else []:
+        running = list(gone.running.values()) if gone else []
+        for sample in running:
             if sample.worker is None:  # dropped with its group, a moment ago
                 continue
             self._leave(sample)
@@ -235,14 +244,16 @@ class Scheduler:
             sample.progress = known.get(sample.id, sample.progress)
             sample.progress.attempt = max(attempt, sample.progress.attempt)
             if len(sample.progress.token_ids) > begin:
-                sample.deaths = 0
+                sample.deaths = sample.deaths_alone = 0
             elif killed:
+                sample.deaths_alone += sample.suspect and len(running) == 1
                 sample.deaths += 1
             _end_if_complete(sample.progress, sample.group.request)
             if sample.progress.finish_reason is not None:
                 self._end(sample)
-            elif sample.deaths >= self.limits.deaths:
-                self._give_up(sample.group, f"its sample {sample.number} ended {sample.deaths} engines in a row")
+            elif sample.deaths_alone >= self.limits.deaths:
+                reason = f"its sample {sample.number} ended {sample.deaths} engines in a row"
+                self._give_up(sample.group, f"{reason}, on the last {sample.deaths_alone} of which it was alone")
             elif sample.id in self._samples:
                 self._queue(sample)
 
@@ -279,7 +290,7 @@ class Scheduler:
         for sample_id, length in running.items():
             sample = here.get(sample_id)
             if sample is not None and length > len(sample.progress.token_ids):
-                sample.length, sample.deaths = length, 0
+                sample.length, sample.deaths, sample.deaths_alone = length, 0, 0
                 sample.expected = self._expected(sample)
         ended = []
         for steps in finished:
@@ -304,15 +315,21 @@ class Scheduler:
         self._complete(group)
         return cancelled
 
-    def cancel(self, group_ids: Iterable[str]) -> dict[int, list[str]]:
-        """Forget groups; returns what workers have to forget, by worker. Unknown ids are fine."""
+    def cancel(self, group_ids: Iterable[str]) -> tuple[dict[int, list[str]], dict[str, int]]:
+        """Forget groups; unknown ids are fine.
+
+        Returns:
+            What workers have to forget, by worker; and the attempts of the groups' samples, as in `Ended`.
+        """
         cancelled: dict[int, list[str]] = defaultdict(list)
+        attempts: dict[str, int] = {}
         for group_id in group_ids:
             group = self._groups.pop(group_id, None)
             if group is not None:
                 for worker, samples in self._drop_unfinished(group).items():
                     cancelled[worker] += samples
-        return dict(cancelled)
+                attempts |= group.attempts
+        return dict(cancelled), attempts
 
     def take_ended(self) -> list[Ended]:
         """The groups that have ended since the call before."""

@@ -139,12 +139,14 @@ class RolloutService:
         self._directory = Path(settings.directory)
         self._keeper: LogKeeper
         self._fleet: Fleet
-        self._logged: dict[str, RecoveredRequest] = {}
-        """What the log had when the service started, until somebody asks for it."""
+        self._logged: dict[str, dict[str, RecoveredRequest]] = defaultdict(dict)
+        """Group → sample → what the log had when the service started, until somebody asks for the group."""
         self._keeping = asyncio.Lock()
         self._weights: LaneWeights
         self._admitting: dict[Lane, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._entries: dict[str, _Entry] = {}
+        self._arriving: set[str] = set()
+        """Groups that are being submitted."""
         self._quarantined = 0
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
@@ -190,13 +192,19 @@ class RolloutService:
             RunFailed: the lane has no weights.
         """
         await self._require_weights(lane)
+        for group in groups:
+            if group.id in self._entries and self._entries[group.id].request != group:
+                raise RunFailed(f"{group.id!r} is the id of another prompt already; ids must be unique in a run")
+        self._arriving |= {group.id for group in groups}
         async with self._admitting[lane]:
             order = self._scheduler.next_order()
             for row, group in enumerate(groups):
                 if self._scheduler.unfinished(lane) >= self.settings.queue_samples:
                     self._pump()
                     await self._until(lambda: self._scheduler.unfinished(lane) < self.settings.queue_samples)
-                self._admit(session, lane, group, early_stop, order, row)
+                if group.id in self._arriving:  # else it was cancelled while it waited
+                    self._arriving.remove(group.id)
+                    self._admit(session, lane, group, early_stop, order, row)
         self._pump()
 
     async def collect(self, session: str, count: int, ids: Sequence[str] | None, seconds: float) -> list[FinishedGroup]:
@@ -214,27 +222,20 @@ class RolloutService:
             groups.append(entry.ended.group)
         return groups
 
-    async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Groups that were consumed for good: the log may forget them. What is still being sampled is stopped."""
-        await self.cancel(ids)
-        attempts: dict[str, int] = {}
+    async def forget(self, ids: Sequence[str]) -> None:
+        """Groups that nobody wants any more, consumed or cancelled: what is being sampled of them is stopped."""
+        self._arriving -= set(ids)
+        cancelled, attempts = self._scheduler.cancel(ids)
+        for worker, samples in cancelled.items():
+            self._fleet.send(worker, [], samples)
         for group_id in ids:
             entry = self._entries.pop(group_id, None)
             if entry is not None and entry.ended is not None:
                 attempts |= entry.ended.attempts
-        wanted = set(ids)
-        for sample_id in [key for key in self._logged if key.rpartition("#")[0] in wanted]:
-            attempts.setdefault(sample_id, self._logged.pop(sample_id).attempt)
-        await self._acknowledge(attempts)
-
-    async def cancel(self, ids: Sequence[str]) -> None:
-        """Stop sampling groups; they are forgotten unless they have ended."""
-        unfinished = [i for i in ids if i in self._entries and self._entries[i].ended is None]
-        for worker, samples in self._scheduler.cancel(unfinished).items():
-            self._fleet.send(worker, [], samples)
-        for group_id in unfinished:
-            del self._entries[group_id]
+            for sample_id, logged in self._logged.pop(group_id, {}).items():
+                attempts.setdefault(sample_id, logged.attempt)
         self._pump()
+        await self._acknowledge(attempts)
 
     async def known_checksums(self, lane: Lane) -> dict[str, str]:
         """Of the weights that were published last in a lane: tensors that have them need not be sent."""
@@ -335,9 +336,9 @@ class RolloutService:
                 task.add_done_callback(self._judging.discard)
         self._pump()
 
-    def worker_lost(self, worker: int) -> None:
+    def worker_lost(self, worker: int) -> bool:
         """See `Owner`."""
-        self._scheduler.worker_lost(worker)
+        return self._scheduler.worker_lost(worker)
 
     async def worker_down(self, worker: int, writer: tuple[str, int], killed: bool) -> None:
         """See `Owner`."""
@@ -358,7 +359,8 @@ class RolloutService:
         self._restarted = not driver
         self._keeper = await self._open_log()
         recovered: Recovered = await asyncio.to_thread(recover, self._directory)
-        self._logged = recovered.requests
+        for sample_id, request in recovered.requests.items():
+            self._logged[sample_id.rpartition("#")[0]][sample_id] = request
         for stacks in self._directory.glob("*.stacks"):
             if not stacks.stat().st_size:
                 stacks.unlink()
@@ -407,8 +409,8 @@ class RolloutService:
             self._keeper.acknowledge(attempts)
 
     async def _forget_driver(self) -> None:
-        unnamed = [sample_id for sample_id in self._logged if sample_id.startswith(UNNAMED)]
-        await self._acknowledge({sample_id: self._logged.pop(sample_id).attempt for sample_id in unnamed})
+        unnamed = [self._logged.pop(group_id) for group_id in list(self._logged) if group_id.startswith(UNNAMED)]
+        await self._acknowledge({name: logged.attempt for samples in unnamed for name, logged in samples.items()})
         (self._directory / RESIZED).unlink(missing_ok=True)
 
     async def _require_weights(self, lane: Lane) -> None:
@@ -424,12 +426,12 @@ class RolloutService:
             entry.session, entry.delivered = session, False
             return
         self._entries[group.id] = _Entry(group, session, early_stop)
+        logged = self._logged.pop(group.id, {})
         known = {}
         for number in range(group.sampling.n):
             sample_id = group.sample_id(number)
-            logged = self._logged.pop(sample_id, None)
-            if logged is not None:
-                known[sample_id] = recovered_progress(logged, group)
+            if sample_id in logged:
+                known[sample_id] = recovered_progress(logged[sample_id], group)
             elif sample_id in self._keeper.acknowledged:
                 known[sample_id] = Progress(attempt=self._keeper.acknowledged[sample_id])
         self._scheduler.add(group, lane, order, row, known, early_stop.after if early_stop else None)

@@ -40,6 +40,14 @@ def nothing(problem, text, token_ids, finish_reason):
     return None
 
 
+def several(problem, text, token_ids, finish_reason):
+    return [1.0, 0.5]
+
+
+def words(problem, text, token_ids, finish_reason):
+    return "1"
+
+
 def problem(answer: str, **entry) -> Problem:
     return make_problem("d", [{"role": "user", "content": "question"}], answer, entry, None)
 
@@ -65,7 +73,13 @@ def test_importing_the_rewards_loads_no_heavy_library():
 
 
 def test_every_known_reward_can_be_built():
-    options = {"format": {"pattern": ".*"}, "length": {"target": 1, "limit": 2}}
+    options = {
+        "format": {"pattern": ".*"},
+        "length": {"target": 1, "limit": 2},
+        "effort_length": {"k0": 1, "tau": 20, "norm": 100, "cap": 1},
+        "language": {"scripts": ["LATIN"]},
+        "rubric": {"judge": f"{__name__}:nothing"},
+    }
     for name in rewards.known_rewards():
         rewards.build(["exact", {name: options.get(name, {})}] if name != "exact" else ["exact"])
 
@@ -209,12 +223,15 @@ def test_a_users_function_is_a_reward_with_parameters():
         ("raises", "raises: RuntimeError: the judge is out"),
         ("not_a_number", "not_a_number: returned nan"),
         ("nothing", "nothing: TypeError"),
+        ("several", "several: returned a list of length 2, not one number"),
+        ("words", "words: returned a str of length 1, not one number"),
     ],
 )
 def test_a_reward_that_fails_marks_the_sample_and_never_the_run(function, error):
     scorer = rewards.build(["exact", f"{__name__}:{function}"])
     result = scorer.score(problem("1"), "1", [1], "stop")
     assert result.total == 0 and not result.correct
+    assert result.problem_id == problem("1").id
     assert error in result.error
     assert result.parts == {"exact": 1}
 

@@ -99,7 +99,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(directory), before)))
     try:
-        with rollout_pool(directory, directory / "log", stuck_seconds=STUCK_SECONDS, queue_samples=400) as pool:
+        with rollout_pool(
+            directory, directory / "log", stuck_seconds=STUCK_SECONDS, queue_samples=400, deaths=1
+        ) as pool:
             client = pool.client()
             client.submit(GROUPS)
             ids = [group.id for group in GROUPS]
@@ -234,8 +236,9 @@ def test_submitting_waits_while_the_queue_is_full(service: Service) -> None:
     assert submitter.is_alive() and waiting.waiting + waiting.running <= limit
     client.cancel([group.id for group in many])
     submitter.join(60)
-    client.cancel([group.id for group in many])
     assert not submitter.is_alive()
+    stats = client.service_stats()
+    assert (stats.waiting, stats.running, stats.ready_groups) == (0, 0, 0)
 
 
 def test_a_killed_driver_changes_nothing(service: Service, tmp_path: Path) -> None:

@@ -1,0 +1,4 @@
+# CPU time ends it.
+# ends: cpu time
+while True:
+    pass

@@ -1,0 +1,6 @@
+# Silence fails.
+import time
+
+
+def f(x):
+    time.sleep(3600)

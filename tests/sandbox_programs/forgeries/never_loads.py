@@ -1,0 +1,3 @@
+# So does a module that never ends.
+while True:
+    pass

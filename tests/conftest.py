@@ -32,13 +32,23 @@ PROCESSES = {
             "pipeline",
             "pipeline_parts",
         ),
-        *("engine_weights", "rollouts_kills", "rollouts_service", "rundir", "setup", "trainers_actor", "trl_seam"),
+        *(
+            "engine_weights",
+            "rollouts_kills",
+            "rollouts_randomness",
+            "rollouts_service",
+            "rundir",
+            "setup",
+            "trainers_actor",
+            "trl_seam",
+        ),
         "vllm_deepseek_v4",
     )
 }
 """Modules that start Ray, engines or programs: they run one after another, beside the other modules."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`pytest -n 2` gives one worker the modules above and shares out the others; without `-n` nothing changes."""
     for item in items:

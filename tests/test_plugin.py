@@ -31,7 +31,6 @@ from vllm.v1.sample.sampler import Sampler
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 from posttrain.models.deepseek_v4.context import PackedContext
-from rollouts.loading import same_bits
 from rollouts.logprobs import sampler_logprobs
 from rollouts.plugin import compat
 from rollouts.plugin.caches import CacheLayer, PagedBackend, PagedMetadata, PagedMetadataBuilder, cache_layers
@@ -39,6 +38,12 @@ from rollouts.plugin.paged import PagedContext
 from tests.v4_models import VOCABULARY, our_model
 
 ROOT = Path(__file__).parents[1]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two fp32 or bf16 tensors have the same content, NaN included."""
+    whole = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    return one.shape == other.shape and torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
 
 def caches_of(model: DeepseekV4ForCausalLM, dtype: torch.dtype) -> nn.ModuleDict:

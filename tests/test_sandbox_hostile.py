@@ -135,7 +135,6 @@ def test_a_hostile_program_is_contained(name: str, outside: Outside) -> None:
     files = {"main.py": RUN_HOSTILE, "hostile.py": path.read_text(), "prelude.py": prelude}
     # Where other programs have the processors, a second of them takes long.
     limits = replace(LIMITS, wall_seconds=60) if expected == "cpu time" else LIMITS
-    began = time.monotonic()
     mark = f"mark-{os.getpid()}-{name}"
     execution = sandbox.Execution(
         files, arguments=[mark], stdin=json.dumps(outside.facts).encode() + b"\n", limits=limits
@@ -147,7 +146,6 @@ def test_a_hostile_program_is_contained(name: str, outside: Outside) -> None:
     assert expected in ("any", ended), (ended, printed[-2000:])
     if expected == "exit 0":
         assert "contained" in printed, "it ended before it did anything"
-    assert time.monotonic() - began < limits.wall_seconds + sandbox.BACKSTOP_SECONDS
     assert len(outcome.stdout) <= LIMITS.output_kib * 1024
     assert processes_of(outcome, mark) == []
     outside.check()

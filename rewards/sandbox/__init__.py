@@ -7,7 +7,6 @@ from functools import lru_cache
 from rewards.sandbox.grading import Case, Verdict, compare, examine
 from rewards.sandbox.jail.plan import Report
 from rewards.sandbox.launch import (
-    BACKSTOP_SECONDS,
     Execution,
     Limits,
     NotIsolated,
@@ -19,7 +18,6 @@ from rewards.sandbox.launch import (
 )
 
 __all__ = [
-    "BACKSTOP_SECONDS",
     "Case",
     "Execution",
     "Limits",

@@ -33,7 +33,7 @@ run: setup
 	@$(BIN)/posttrain run $(RECIPE) $(if $(RUN),--name $(RUN)) $(if $(SEED),--seed $(SEED))
 
 test: setup
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@$(BIN)/ruff check .

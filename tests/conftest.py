@@ -45,13 +45,9 @@ PROCESSES = {
         "vllm_deepseek_v4",
     )
 }
-"""Modules that start Ray, engines or programs: they run one after another, beside the other modules."""
+"""Modules that start Ray, engines or programs: they take longest, and so begin first."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`pytest -n 2` gives one worker the modules above and shares out the others; without `-n` nothing changes."""
-    for item in items:
-        module = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("processes" if module in PROCESSES else module))
+    """`make test` gives each module to one of two processes, in this order (xdist's groups need an older pytest)."""
     items.sort(key=lambda item: item.path.stem not in PROCESSES)

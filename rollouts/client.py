@@ -60,6 +60,8 @@ class RolloutClient:
         self._lock = threading.RLock()
         self._outstanding: dict[str, _Outstanding] = {}
         """To be collected."""
+        self._cancelled: set[str] = set()
+        """Those that were cancelled while they were being submitted."""
         self._version = -1
         """The latest that this client published."""
         self._publications: list[tuple[str, list[Any]]] = []
@@ -90,6 +92,7 @@ class RolloutClient:
             raise BadInput(next(iter(rejected.values())))
         with self._lock:
             self._outstanding |= {group.id: _Outstanding(group, early_stop) for group in groups}
+            self._cancelled -= {group.id for group in groups}
         try:
             for begin in range(0, len(groups), SUBMITTED_GROUPS):
                 self._submit(groups[begin : begin + SUBMITTED_GROUPS], early_stop)
@@ -162,7 +165,9 @@ class RolloutClient:
         """Nobody wants these groups: they are not sampled any further, not collected, and the log may forget them."""
         with self._lock:
             for group_id in ids:
-                self._outstanding.pop(group_id, None)
+                one = self._outstanding.pop(group_id, None)
+                if one is not None and not one.queued:
+                    self._cancelled.add(group_id)
         self._call("forget", list(ids))
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -264,6 +269,10 @@ class RolloutClient:
             for group in groups:
                 if group.id in self._outstanding:
                     self._outstanding[group.id].queued = True
+            late = [group.id for group in groups if group.id in self._cancelled]
+            self._cancelled -= set(late)
+        if late:  # the service may have heard of the cancellation before it had them
+            self._call("forget", late)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._repeat(method, lambda: arguments)

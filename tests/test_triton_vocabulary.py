@@ -192,7 +192,7 @@ def test_tiles_and_groups_change_no_result(path: Backend, monkeypatch: pytest.Mo
 
 def test_budgets_are_kept_at_the_size_of_v4() -> None:
     device = torch.device("cuda")
-    assert tiles.tile_tokens(129_280, device) == 1024
+    assert tiles.tile_tokens(129_280, device) == 384
     assert tiles.group_tokens(8192, 129_280, BF16) == 8192
     assert tiles.group_tokens(8193, 129_280, BF16) == 4096
     assert tiles.group_tokens(100_000, 129_280, FP32) == 2048

@@ -36,6 +36,7 @@ class TeacherWorker:
             torch.set_num_threads(threads)
         self.family = family
         self.budget_bytes = budget_bytes
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._models: OrderedDict[str, PreTrainedModel] = OrderedDict()
 
     def hidden_states(self, checkpoint: str, sequences: Sequence[Sequence[int]], kept: Sequence[int]) -> np.ndarray:
@@ -46,15 +47,15 @@ class TeacherWorker:
         backbone = self._model(checkpoint).base_model
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
         for indices in _batches([len(sequence) for sequence in sequences]):
-            states_BTH = _forward(backbone, [sequences[index] for index in indices])
+            states_BTH = _forward(backbone, [sequences[index] for index in indices], self.device)
             for row, index in enumerate(indices):
                 end = len(sequences[index]) - 1
                 found[index] = states_BTH[row, end - kept[index] : end]
-        return torch.cat(found).float().numpy()
+        return torch.cat(found).float().cpu().numpy()
 
     def head(self, checkpoint: str) -> np.ndarray:
         """The weight of the language-model head, float32 of shape [V, H]."""
-        return self._model(checkpoint).get_output_embeddings().weight.detach().float().numpy()
+        return self._model(checkpoint).get_output_embeddings().weight.detach().float().cpu().numpy()
 
     def vocabulary_size(self, checkpoint: str) -> int:
         """Rows of the head."""
@@ -69,7 +70,8 @@ class TeacherWorker:
             needed = _stored_parameters(checkpoint) * torch.float32.itemsize
             while self._models and self._held_bytes() + needed > self.budget_bytes:
                 self._models.popitem(last=False)
-            self._models[checkpoint] = load_model(self.family, checkpoint).eval().requires_grad_(False)
+            model = load_model(self.family, checkpoint).eval().requires_grad_(False)
+            self._models[checkpoint] = model.to(self.device)
         self._models.move_to_end(checkpoint)
         return self._models[checkpoint]
 
@@ -149,7 +151,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _forward(backbone: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+def _forward(backbone: PreTrainedModel, sequences: Sequence[Sequence[int]], device: str) -> Tensor:
     """Last hidden states of right-padded sequences, [B, T, H]. Causal: what is left of the padding is exact."""
     width = max(map(len, sequences))
     tokens_BT = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -157,6 +159,7 @@ def _forward(backbone: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> T
     for row, sequence in enumerate(sequences):
         tokens_BT[row, : len(sequence)] = torch.as_tensor(sequence)
         mask_BT[row, : len(sequence)] = 1
+    tokens_BT, mask_BT = tokens_BT.to(device), mask_BT.to(device)
     return backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
 
 

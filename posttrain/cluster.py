@@ -59,7 +59,11 @@ class Cluster:
             from distill.teacher import start_teachers
 
             cluster = self.recipe.cluster
-            options = {"num_cpus": ACTOR_CPUS, "runtime_env": {"env_vars": _environment(self.recipe)}}
+            options = {
+                "num_cpus": ACTOR_CPUS,
+                "num_gpus": cluster.gpus_per_worker,
+                "runtime_env": {"env_vars": _environment(self.recipe)},
+            }
             count, family = cluster.teacher_workers, self.recipe.model.family
             self._teachers = start_teachers(count, family, TEACHER_BYTES, cluster.threads, options)
         return self._teachers
@@ -173,11 +177,12 @@ def _check_gpus(recipe: Recipe, trainers: bool) -> None:
 
     settings = recipe.cluster
     there = ray.cluster_resources().get("GPU", 0)
-    needed = settings.gpus_per_worker * (settings.rollout_workers + (settings.trainers if trainers else 0))
+    actors = settings.rollout_workers + (settings.trainers + settings.teacher_workers if trainers else 0)
+    needed = settings.gpus_per_worker * actors
     if needed > there:
         raise BadInput(
-            f"cluster.gpus_per_worker: the workers need {needed:g} GPUs in all (gpus_per_worker times trainers and "
-            f"rollout_workers); Ray finds {there:g}"
+            f"cluster.gpus_per_worker: the workers need {needed:g} GPUs in all (gpus_per_worker times trainers, "
+            f"rollout_workers and teacher_workers); Ray finds {there:g}"
         )
 
 

@@ -36,7 +36,7 @@ from posttrain.models.deepseek_v4.export import convert_tensor, released_config_
 
 ENGINES = ("ours", "eager", "graphs")
 SEQUENCES = (64, 256)
-CACHE_BYTES = 16 << 30
+CACHE_BYTES = 8 << 30
 
 
 def timed(generate: Callable[[list[list[int]], int], object], vocabulary: int, sequences: int, quick: bool) -> dict:
@@ -132,6 +132,7 @@ def one(which: str, size: str, quick: bool) -> dict[str, Any]:
         begin = time.monotonic()
         llm = ours(size, Path(directory)) if which == "ours" else in_tree(size, Path(directory), which == "graphs")
         start_seconds = time.monotonic() - begin
+        print(f"{which} ready after {start_seconds:.0f} s", file=sys.stderr, flush=True)
         vocabulary = config_of(size).vocab_size
         rates = [timed(generator(llm), vocabulary, sequences, quick) for sequences in SEQUENCES]
     return {"versions": versions(), "start_seconds": start_seconds, "rates": rates}
@@ -142,8 +143,8 @@ def run_alone(which: str, size: str, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
         command = [sys.executable, "-m", "benchmarks.gpu.decode", "--one", which, "--size", size, "--out", str(out)]
-        done = subprocess.run([*command, *["--quick"] * quick], capture_output=True, text=True, check=False)
-        return json.loads(out.read_text()) if out.exists() else {"error": (done.stdout + done.stderr)[-3000:]}
+        done = subprocess.run([*command, *["--quick"] * quick], stdout=subprocess.PIPE, text=True, check=False)
+        return json.loads(out.read_text()) if out.exists() else {"error": done.stdout[-3000:]}
 
 
 def main(arguments: list[str]) -> None:
@@ -161,8 +162,10 @@ def main(arguments: list[str]) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads it when the engine begins
         results = one(options.one, options.size, options.quick)
     else:
-        engines = options.engines.split(",")
-        results = {"size": options.size} | {which: run_alone(which, options.size, options.quick) for which in engines}
+        results: dict[str, Any] = {"size": options.size}
+        for which in options.engines.split(","):
+            results[which] = run_alone(which, options.size, options.quick)
+            print(f"{which}: {json.dumps(results[which])}", file=sys.stderr, flush=True)
     text = json.dumps(results, indent=2)
     if options.out:
         options.out.write_text(text + "\n")

@@ -117,6 +117,28 @@ def validate(
 
 
 @app.command()
+def doctor(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006 - typer reads it, nobody writes it
+    quick: Annotated[bool, typer.Option("--quick", help="Without the rehearsal: start nothing.")] = False,
+    runs_dir: RunsDirectory = RUNS,
+) -> None:
+    """Try everything that a run of the recipe relies on, three steps of every stage included."""
+    resolved = load_recipe(recipe, overrides)
+    from posttrain.doctor import examine
+
+    failed, bad_input = 0, False
+    with raised_as_keyboard_interrupt("Stopping what was started"):
+        for verdict in examine(resolved, runs_dir, quick):
+            print(verdict.line(), flush=True)
+            failed += verdict.status == "failed"
+            bad_input |= verdict.bad_input
+    print(f"{recipe}: {f'{failed} checks failed' if failed else 'ready to run'}")
+    if failed:
+        raise typer.Exit(BadInput.exit_code if bad_input else RunFailed.exit_code)
+
+
+@app.command()
 def status(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
     """Show how far a run is."""
     from posttrain.observe.status import render_status

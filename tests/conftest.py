@@ -25,6 +25,7 @@ PROCESSES = {
         *(
             "async_service",
             "cli",
+            "doctor",
             "export",
             "model_integrations",
             "native_engine",

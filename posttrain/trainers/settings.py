@@ -26,7 +26,7 @@ def training_arguments(
     optimizer: OptimizerConfig,
     **more: Any,
 ) -> Arguments:
-    """TRL's config of the class `kind`: on a CPU in float32, no checkpoints, no reports, one log for each update.
+    """TRL's config of the class `kind`: no checkpoints, no reports, one log for each update.
 
     `batch_size` sequences make one update. Optimizer and schedule are handed to the trainer as objects; the rate is
     in the arguments for the sake of whoever reads them.
@@ -42,7 +42,7 @@ def training_arguments(
         "seed": seed,
         "data_seed": seed,
         "use_cpu": on_cpu,
-        "bf16": not on_cpu,
+        "bf16": False,  # no autocast: the model's own precision decides, in trainer and sampler alike
         "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": not on_cpu,

@@ -65,7 +65,8 @@ def leaves(inputs: Inputs) -> Inputs:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A few tokens to a tile, a few tiles to a group."""
-    monkeypatch.setattr(tiles, "LOGIT_BYTES", dict.fromkeys(("cpu", "cuda"), 8 * 320 * 3))
+    for budget in ("LOGIT_BYTES", "DIVERGENCE_BYTES"):
+        monkeypatch.setattr(tiles, budget, dict.fromkeys(("cpu", "cuda"), 8 * 320 * 3))
     monkeypatch.setattr(tiles, "GRADIENT_BYTES", 4 * 320 * 10)
     return None
 
@@ -184,7 +185,8 @@ def test_tiles_and_groups_change_no_result(path: Backend, monkeypatch: pytest.Mo
 
     whole = everything()
     for tile, group in ((5, 24), (30, 7), (1, 100)):
-        monkeypatch.setattr(tiles, "LOGIT_BYTES", dict.fromkeys(("cpu", "cuda"), 8 * 320 * tile))
+        for budget in ("LOGIT_BYTES", "DIVERGENCE_BYTES"):
+            monkeypatch.setattr(tiles, budget, dict.fromkeys(("cpu", "cuda"), 8 * 320 * tile))
         monkeypatch.setattr(tiles, "GRADIENT_BYTES", 4 * 320 * group)
         for number, (actual, expected) in enumerate(zip(everything(), whole, strict=True)):
             assert_close(actual.float(), expected.float(), BOUNDS[FP32], f"{tile}, {group}: {number}")
@@ -193,6 +195,7 @@ def test_tiles_and_groups_change_no_result(path: Backend, monkeypatch: pytest.Mo
 def test_budgets_are_kept_at_the_size_of_v4() -> None:
     device = torch.device("cuda")
     assert tiles.tile_tokens(129_280, device) == 384
+    assert tiles.tile_tokens(129_280, device, divergence=True) == 768
     assert tiles.group_tokens(8192, 129_280, BF16) == 8192
     assert tiles.group_tokens(8193, 129_280, BF16) == 4096
     assert tiles.group_tokens(100_000, 129_280, FP32) == 2048

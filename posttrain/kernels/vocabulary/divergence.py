@@ -68,7 +68,7 @@ def walk(
 ) -> None:
     """Fill the summary of these tokens, and the gradient in their logits, each times its weight."""
     vocabulary, device = len(models.head_VH), models.student_NH.device
-    size = min(tile_tokens(vocabulary, device), tokens.stop - tokens.start)
+    size = min(tile_tokens(vocabulary, device, divergence=True), tokens.stop - tokens.start)
     both_2NV = matrix(2, size, vocabulary, dtype=torch.float32, device=device)
     for tile in spans(tokens.start, tokens.stop, max(size, 1)):
         student_NV, teacher_NV = both_2NV[:, : tile.stop - tile.start]

@@ -6,6 +6,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from posttrain.recipe.schema import (
+    CalculationsSource,
     DomainConfig,
     GateConfig,
     GrpoStage,
@@ -57,6 +58,8 @@ def _problems(domain: DomainConfig) -> str:
     source = domain.source
     if isinstance(source, ReasoningGymSource):
         origin = f"reasoning-gym {source.reasoning_gym}"
+    elif isinstance(source, CalculationsSource):
+        origin = "calculations"
     else:
         origin = source.jsonl if isinstance(source, JsonlSource) else source.dataset
     rewards = ", ".join(spec if isinstance(spec, str) else next(iter(spec)) for spec in domain.reward)

@@ -235,8 +235,7 @@ def test_results_and_errors_come_back_in_the_order_of_the_calls():
         "Error: ValueError: division by zero",
         "Error: 'days' is of type integer, not \"x\"",
     ]
-    assert (environment.calls, environment.failed_calls) == (4, 3)
-    assert environment.reset() and environment.calls == 0
+    assert (observation.tool_calls, observation.tool_errors) == (4, 3)
 
 
 def test_calls_that_cannot_be_read_come_back_as_an_error_and_none_is_carried_out():

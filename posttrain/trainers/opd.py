@@ -82,7 +82,7 @@ class OpdTrainer(OnPolicyTrainer):
         if self.reward is not None:
             self._score(self.reward, inputs)
 
-    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor]:
+    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss over all domains, one teacher after the other."""
         chosen_BT = inputs["completion_mask"].bool()
         hidden_NH = hidden_BTH[chosen_BT]  # sample after sample, so a domain's positions are next to each other
@@ -103,7 +103,8 @@ class OpdTrainer(OnPolicyTrainer):
         )
         self.progress.add("seconds_divergence", time.perf_counter() - started)
         self._report(reports)
-        return loss, torch.tensor(sum(report.student_entropy * report.tokens for report in reports))
+        entropy = torch.tensor(sum(report.student_entropy * report.tokens for report in reports))
+        return loss, entropy, torch.tensor(max(1, sum(report.tokens for report in reports)))
 
     def _teacher_rows(self, learned_N: Tensor) -> list[TeacherRows]:
         """What each teacher teaches of the positions that `learned_N` keeps; a teacher without any is left out."""

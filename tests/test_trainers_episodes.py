@@ -183,6 +183,7 @@ def test_an_environments_reward_counts_and_its_failure_does_not() -> None:
     line = recorder.lines[0]
     # 0.75, 1.25 for two turns, 0.75; what failed counts as their mean
     assert line["reward"] == pytest.approx((0.75 + 1.25 + 0.75) / 3)
+    assert line["reward/environment"] == pytest.approx((0.0 + 0.5 + 1.0 + 0.5) / 4)
     assert line["reward_errors"] == 1
 
 

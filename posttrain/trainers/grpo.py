@@ -97,10 +97,10 @@ class RewardColumn:
             [sample.sampled_ids for _, sample in pairs],
             [sample.finish_reason for _, sample in pairs],
         )
-        rewards = [
-            reward + (sample.episode.reward if sample.episode else 0.0)
-            for reward, (_, sample) in zip(rewards, pairs, strict=True)
-        ]
+        paid = [sample.episode.reward if sample.episode else 0.0 for _, sample in pairs]
+        if any(paid):
+            rewards = [reward + own for reward, own in zip(rewards, paid, strict=True)]
+            parts = [{**part, "environment": own} for part, own in zip(parts, paid, strict=True)]
         first = 0
         for group in groups:
             rows = slice(first, first + len(group.completions))

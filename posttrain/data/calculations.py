@@ -7,7 +7,7 @@ is to write the expression into a call and to copy the result. The answers are e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -18,21 +18,23 @@ from posttrain.errors import BadInput
 SHAPES = ("a*b", "a*b+c", "a*b-c", "(a+b)*c")
 
 
-def _calculation(random: Random, min_digits: int, max_digits: int) -> tuple[str, int]:
+def _calculation(random: Random, min_digits: int, max_digits: int, shapes: Sequence[str]) -> tuple[str, int]:
     """An expression and its value."""
     a, b, c = (
         random.randrange(10 ** (digits - 1), 10**digits)
         for digits in (random.randint(min_digits, max_digits) for _ in range(3))
     )
-    shape = random.choice(SHAPES)
+    shape = random.choice(shapes)
     value = {"a*b": a * b, "a*b+c": a * b + c, "a*b-c": a * b - c, "(a+b)*c": (a + b) * c}[shape]
     return shape.replace("a", str(a)).replace("b", str(b)).replace("c", str(c)), value
 
 
-def _stream(name: str, seed: str, min_digits: int, max_digits: int, system: str | None) -> Iterator[Problem]:
+def _stream(
+    name: str, seed: str, min_digits: int, max_digits: int, system: str | None, shapes: Sequence[str]
+) -> Iterator[Problem]:
     random = Random(hashlib.sha256(f"calculations/{seed}".encode()).digest())
     while True:
-        expression, value = _calculation(random, min_digits, max_digits)
+        expression, value = _calculation(random, min_digits, max_digits, shapes)
         messages = [{"role": "user", "content": f"{expression}="}]
         yield make_problem(name, messages, str(value), {"expression": expression}, system)
 
@@ -44,6 +46,7 @@ def generate_calculations(
     min_digits: int = 3,
     max_digits: int = 5,
     system: str | None = None,
+    shapes: Sequence[str] = SHAPES,
 ) -> DomainData:
     """Draw a domain's problems, none in two places: as `posttrain.data.sources.generate` does for reasoning-gym.
 
@@ -62,7 +65,7 @@ def generate_calculations(
     seen: set[str] = set()
     streams: dict[str, tuple[Split, ...]] = {"evaluation": ("selection", "holdout"), f"train/{seed}": ("train",)}
     for stream_seed, splits in streams.items():
-        for problem in _stream(name, stream_seed, min_digits, max_digits, system):
+        for problem in _stream(name, stream_seed, min_digits, max_digits, system, shapes):
             if all(len(found[split]) >= sizes[split] for split in splits):
                 break
             split = split_of(split_key(problem.messages))

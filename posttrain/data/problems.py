@@ -110,8 +110,8 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
         return sources.generate(name, source, config, seed)
     if isinstance(source, CalculationsSource):
         sizes: dict[Split, int] = {"train": config.train, "selection": config.selection, "holdout": config.holdout}
-        digits = source.calculations
-        return generate_calculations(name, sizes, seed, digits.min_digits, digits.max_digits, config.system)
+        kind = source.calculations
+        return generate_calculations(name, sizes, seed, kind.min_digits, kind.max_digits, config.system, kind.shapes)
     if isinstance(source, JsonlSource):
         problems = sources.read_jsonl(name, source.jsonl, config.system)
         held_out = sources.read_jsonl(name, source.holdout_jsonl, config.system) if source.holdout_jsonl else None

@@ -137,13 +137,16 @@ class DatasetSource(Section):
     answer_field: str = "answer"
 
 
-class CalculationDigits(Section):
+class CalculationsConfig(Section):
     min_digits: int = Field(3, ge=3, le=30)
     max_digits: int = Field(5, ge=3, le=30)
     """Of each number."""
+    shapes: list[Literal["a*b", "a*b+c", "a*b-c", "(a+b)*c"]] = Field(
+        ["a*b", "a*b+c", "a*b-c", "(a+b)*c"], min_length=1
+    )
 
     @model_validator(mode="after")
-    def _in_order(self) -> CalculationDigits:
+    def _in_order(self) -> CalculationsConfig:
         if self.min_digits > self.max_digits:
             raise _wrong("min_digits", f"must be at most max_digits, which is {self.max_digits}")
         return self
@@ -152,7 +155,7 @@ class CalculationDigits(Section):
 class CalculationsSource(Section):
     """Products and sums of large numbers (`28749*9377-510=`): what a model needs a calculator for."""
 
-    calculations: CalculationDigits
+    calculations: CalculationsConfig
 
 
 SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations")

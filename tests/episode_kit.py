@@ -43,11 +43,15 @@ def play(episode: Episode, turns: Sequence[Completion]) -> None:
 class ScriptedService:
     """A rollout service whose samples are what a function says.
 
-    `policy` is asked for the text of each sample, with the request's prompt as text. What came last is finished first.
+    `policy` is asked for the text of each sample, with the request's prompt as text. What came last is finished first;
+    `fairly`, what came first.
     """
 
-    def __init__(self, policy: Callable[[GroupRequest, str], str], model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, policy: Callable[[GroupRequest, str], str], model: PreTrainedModel | None = None, fairly: bool = False
+    ) -> None:
         self.policy = policy
+        self.fairly = fairly
         self.model = model
         """Whose log-probabilities the samples have; else they are made up."""
         self.version: int | None = None
@@ -74,7 +78,8 @@ class ScriptedService:
         self, count: int, ids: Sequence[str] | None = None, timeout: float | None = None
     ) -> list[FinishedGroup]:
         assert ids is None
-        taken = [self.running.pop() for _ in range(min(count, len(self.running)) if timeout is None else 0)]
+        possible = min(count, len(self.running)) if timeout is None else 0
+        taken = [self.running.pop(0 if self.fairly else -1) for _ in range(possible)]
         return [self._finish(request) for request in taken]
 
     def acknowledge(self, ids: Sequence[str]) -> None:

@@ -168,6 +168,18 @@ def test_lengths_turns_and_calls_are_counted_over_the_model_and_its_episodes() -
     assert line["logprob_diff_max"] < 1e-4
 
 
+def test_with_updates_in_flight_every_turn_has_the_version_that_sampled_it() -> None:
+    model = tiny_model(0, vocabulary=len(TOKENIZER))
+    service = ScriptedService(policy, copy.deepcopy(model), fairly=True)
+    rollout, optimizer = RolloutConfig(mode="async", max_staleness=1), OptimizerConfig(lr=3e-3)
+    recorder, _, sampled = grpo(model, service, rollout=rollout, steps=4, optimizer=optimizer)
+    # Tokens of the weights that were trained have the trainer's log-probabilities; the others are of one step before.
+    assert sampled.difference.tokens > 0 and sampled.difference.largest < 1e-4
+    assert sampled.off_policy["staleness_max"] == 1
+    assert 0 < sampled.off_policy["version_spans/2"] < 1  # episodes whose turns have different versions
+    assert len(recorder.lines) == 4
+
+
 def test_an_environments_reward_counts_and_its_failure_does_not() -> None:
     turns = {"0": f"crash{EOS}", "1": f"1{EOS}", "2": f"0{EOS}", "3": f"1{EOS}"}
     scored: list[str] = []

@@ -284,8 +284,10 @@ def test_calculations_are_in_one_place_each_and_the_same_for_every_seed():
     assert first.train != second.train
     ids = [problem.id for problem in (*first.train, *second.train, *first.selection, *first.holdout)]
     assert len(set(ids)) >= 695 and not {p.id for p in first.train} & {p.id for p in first.holdout + first.selection}
-    with pytest.raises(BadInput, match="needs 3 <= min_digits <= max_digits <= 30, not 2 and 5"):
-        generate_calculations("sums", sizes, 0, min_digits=2)
+    with pytest.raises(BadInput, match="needs 2 <= min_digits <= max_digits <= 30, not 1 and 5"):
+        generate_calculations("sums", sizes, 0, min_digits=1)
+    with pytest.raises(BadInput, match="too few different calculations: [67]... of 8000 for train"):
+        generate_calculations("sums", {**sizes, "train": 8000}, 0, min_digits=2, max_digits=2, shapes=["a*b"])
 
 
 def test_demonstrations_are_what_the_calculator_returns():

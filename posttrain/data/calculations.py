@@ -54,24 +54,31 @@ def generate_calculations(
 
     Args:
         sizes: How many problems for `train`, `selection` and `holdout`.
-        min_digits: Of each number in an expression; at least 3, so that there are enough different ones.
+        min_digits: Of each number in an expression.
+        shapes: Of `SHAPES`, equally often.
 
     Raises:
-        BadInput: digits out of range.
+        BadInput: digits out of range, or fewer different problems than asked for.
     """
-    if not 3 <= min_digits <= max_digits <= 30:
-        raise BadInput(f"domains.{name}: needs 3 <= min_digits <= max_digits <= 30, not {min_digits} and {max_digits}")
+    if not 2 <= min_digits <= max_digits <= 30:
+        raise BadInput(f"domains.{name}: needs 2 <= min_digits <= max_digits <= 30, not {min_digits} and {max_digits}")
     found: dict[Split, list[Problem]] = {"train": [], "selection": [], "holdout": []}
     seen: set[str] = set()
     streams: dict[str, tuple[Split, ...]] = {"evaluation": ("selection", "holdout"), f"train/{seed}": ("train",)}
     for stream_seed, splits in streams.items():
+        without_news = 0
         for problem in _stream(name, stream_seed, min_digits, max_digits, system, shapes):
             if all(len(found[split]) >= sizes[split] for split in splits):
                 break
             split = split_of(split_key(problem.messages))
+            without_news += 1
             if split in splits and len(found[split]) < sizes[split] and problem.id not in seen:
                 seen.add(problem.id)
                 found[split].append(problem)
+                without_news = 0
+            if without_news > 2000 + 40 * len(seen):  # of n problems, the last unseen one takes n draws on average
+                counts = ", ".join(f"{len(found[one])} of {sizes[one]} for {one}" for one in splits)
+                raise BadInput(f"domains.{name}: there are too few different calculations: {counts}")
     return DomainData(**found)
 
 

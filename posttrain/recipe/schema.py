@@ -138,8 +138,8 @@ class DatasetSource(Section):
 
 
 class CalculationsConfig(Section):
-    min_digits: int = Field(3, ge=3, le=30)
-    max_digits: int = Field(5, ge=3, le=30)
+    min_digits: int = Field(3, ge=2, le=30)
+    max_digits: int = Field(5, ge=2, le=30)
     """Of each number."""
     shapes: list[Literal["a*b", "a*b+c", "a*b-c", "(a+b)*c"]] = Field(
         ["a*b", "a*b+c", "a*b-c", "(a+b)*c"], min_length=1

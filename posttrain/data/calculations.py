@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from posttrain.data.problems import DomainData, Problem, Split, make_problem, split_key, split_of
+from posttrain.data.problems import DomainData, Problem, Split, make_problem, place, split_key, split_of
 from posttrain.data.v4 import ToolCall
 from posttrain.errors import BadInput
 
@@ -95,3 +95,13 @@ def demonstrate(problem: Problem, reasoning: str = "") -> list[dict[str, Any]]:
         {"role": "tool", "content": problem.answer},
         {"role": "assistant", "content": problem.answer},
     ]
+
+
+def demonstrate_half(problem: Problem) -> list[dict[str, Any]]:
+    """As `demonstrate` for half of the problems; the others are answered at once, which only a calculator could.
+
+    A model that learns from these knows the tool and uses it every other time: that it pays is left to be found out.
+    """
+    if place(f"demonstration: {problem.id}") < 0.5:
+        return demonstrate(problem)
+    return [*problem.messages, {"role": "assistant", "content": problem.answer}]

@@ -15,6 +15,7 @@ from posttrain.recipe import Recipe
 from posttrain.recipe.schema import HoldoutEvaluation
 from posttrain.session import describe_engine
 from posttrain.stages.checkpoint import check_checkpoint
+from posttrain.stages.episodes import policy_messages
 from posttrain.stages.evaluate import measure_problems
 from posttrain.stages.scoring import DomainRewards, check_rewards
 
@@ -42,7 +43,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path, n: int | None = None) 
     check_rewards(recipe, domains)
     problems = {name: data.holdout[: n or config.n] for name, data in domains.items()}
     for name, asked in problems.items():
-        prompts = [encode_prompt(tokenizer, problem.messages) for problem in asked]
+        prompts = [encode_prompt(tokenizer, policy_messages(recipe, problem)) for problem in asked]
         check_prompts(prompts, recipe.domains[name].max_new_tokens, recipe.rollout.max_model_len, len(tokenizer))
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="posttrain-") as directory:

@@ -8,6 +8,9 @@ Every function, the user's own included, has the signature (or takes lists of al
     text:           the answer as text, without the end token
     token_ids:      its tokens as sampled, with the end token if there was one
     finish_reason:  "stop" (ended by itself) or "length" (cut off)
+
+In a domain with an environment the text is that of the last turn, and empty if the episode came to no answer; the
+tokens are those of all the model's turns; and the finish reason may also be "turn_limit".
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
 from rollouts.fleet import own_error
 from rollouts.scheduler import Lane
-from rollouts.service import UNNAMED, EarlyStop, ServiceStats
+from rollouts.service import EarlyStop, ServiceStats
 from rollouts.settings import EngineInfo, check_prompts, request_problem
-from rollouts.types import Completion, FinishedGroup, GroupRequest, Sampling
+from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest, Sampling
 from rollouts.weights import WeightUpdate
 from rollouts.worker import WorkerStats
 

@@ -33,7 +33,7 @@ from rollouts.log.reader import Recovered, RecoveredRequest, recover
 from rollouts.recovery import continued, read_attempts, recovered_progress
 from rollouts.scheduler import Ended, Lane, Limits, Progress, Scheduler
 from rollouts.settings import EngineInfo, EngineSettings
-from rollouts.types import Completion, FinishedGroup, GroupRequest
+from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest
 from rollouts.weights import WeightUpdate
 from rollouts.worker import Report, WorkerStats
 
@@ -48,8 +48,6 @@ RESIZED = "workers"
 """A file that says how many workers `resize` asked for, should the service be started anew."""
 PUBLISHER_SECONDS = 60.0
 """After a restart, how long to wait for the client that has the weights; until then others may not be served."""
-UNNAMED = "unnamed/"
-"""Begins the ids of groups that nobody can ask for again after the driver's death (`RolloutClient.generate`)."""
 
 Judge = Callable[[GroupRequest, Completion], float]
 """A verdict on a completion, such as its reward."""

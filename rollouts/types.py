@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+
+UNNAMED = "unnamed/"
+"""Begins the ids of groups that nobody can ask for again after the driver's death."""
+FAILED = "failed: "
+"""Begins the finish reason of an episode whose environment raised; then comes what it raised."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class GroupRequest:
     """For caps on how much of a domain is sampled at once, and for estimates of lengths."""
     session: str = ""
     """Requests of one session, as the turns of a conversation, go to the worker that has the earlier ones cached."""
+    problem_id: str = ""
+    """What the prompt asks; `rollouts.environments.EpisodeClient` finds the environment by it."""
 
     def sample_id(self, sample: int) -> str:
         """The request of one sample."""
@@ -89,6 +97,21 @@ class VersionSpan:
     version: int
 
 
+@dataclass(frozen=True)
+class EpisodeFacts:
+    """What tells a conversation from a single answer."""
+
+    loss_mask: list[int]
+    """For each token of the completion: 1 if the model sampled it, 0 if the environment wrote it."""
+    turns: int
+    """Of the model."""
+    tool_calls: int
+    tool_errors: int
+    """Calls that could not be read or carried out; they are among the calls."""
+    reward: float = 0.0
+    """The environment's own."""
+
+
 @dataclass
 class Completion:
     """One sampled answer. `logprobs` are the sampler's own, of what it sampled from (temperature applied)."""
@@ -101,6 +124,8 @@ class Completion:
     """In order, without gaps, over all tokens. Never empty: without tokens it is one span from 0 to 0."""
     routes: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Experts `[prompt + completion - 1, layers, k]`, as they were when each token was read; only if asked for."""
+    episode: EpisodeFacts | None = None
+    """Of a whole conversation with an environment. `finish_reason` may then also be `turn_limit`, or `failed: ...`."""
 
     @classmethod
     def of_version(cls, token_ids: list[int], logprobs: list[float], finish_reason: str, version: int) -> Completion:
@@ -122,6 +147,18 @@ class Completion:
         """The version of each token."""
         return [span.version for span in self.spans for _ in range(span.begin, span.end)]
 
+    @property
+    def loss_mask(self) -> list[int]:
+        """For each token 1 if the model sampled it: all, except an environment's."""
+        return [1] * len(self.token_ids) if self.episode is None else self.episode.loss_mask
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        """The tokens that the model sampled."""
+        if self.episode is None:
+            return self.token_ids
+        return [token for token, sampled in zip(self.token_ids, self.loss_mask, strict=True) if sampled]
+
     def first(self, count: int) -> Completion:
         """Its first `count` tokens, as if that had been the limit: sampling does not look ahead."""
         if len(self.token_ids) <= count:
@@ -129,6 +166,19 @@ class Completion:
         kept = [span for span in self.spans if span.begin < max(1, count)]
         spans = tuple(replace(span, end=min(span.end, count)) for span in kept)
         return Completion(self.token_ids[:count], self.logprobs[:count], "length", spans)
+
+
+def episode_means(completions: Sequence[Completion]) -> dict[str, float]:
+    """Metrics of the episodes among completions, for each the mean over them; none if there are none."""
+    facts = [one.episode for one in completions if one.episode is not None]
+    if not facts:
+        return {}
+    return {
+        "turns": sum(one.turns for one in facts) / len(facts),
+        "tool_calls": sum(one.tool_calls for one in facts) / len(facts),
+        "tool_errors": sum(one.tool_errors for one in facts) / len(facts),
+        "environment_tokens": sum(one.loss_mask.count(0) for one in facts) / len(facts),
+    }
 
 
 def version_spans(versions: list[int]) -> tuple[VersionSpan, ...]:

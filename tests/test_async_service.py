@@ -12,16 +12,20 @@ import pytest
 import ray
 import torch
 
+from posttrain.data.encoding import encode_continuation, encode_prompt
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
 from posttrain.recipe.schema import GrpoStage, OptimizerConfig, RolloutConfig
 from posttrain.trainers.generation import Sampled
 from posttrain.trainers.grpo import train_grpo
-from posttrain.trainers.jobs import GrpoJob, Reward
+from posttrain.trainers.jobs import GrpoJob, Prompt, Reward
 from posttrain.trainers.progress import Progress
+from rollouts.environments import Limits, Observation
 from rollouts.pool import RolloutClient, RolloutPool
 from rollouts.settings import engine_settings, write_description
+from rollouts.types import GroupRequest
+from tests.episode_kit import TOKENIZER, LocalEpisodes
 from tests.test_trainers_grpo import share_of_target
-from tests.trainers_kit import EOS, PAD, VOCABULARY, Recorder, prompts, tiny_tokenizer
+from tests.trainers_kit import EOS, PAD, Recorder, prompts, tiny_tokenizer
 
 ENGINE = {"max_model_len": 96, "max_num_seqs": 64, "max_num_batched_tokens": 512, "kv_cache_mib": 32}
 TEXTS = ["what?", "say something", "a", "hello 1234", "b=", "why not?", "c", "12+3="]
@@ -31,7 +35,7 @@ MAX_NEW_TOKENS = 48
 def v4_model() -> DeepseekV4ForCausalLM:
     torch.manual_seed(0)
     return DeepseekV4ForCausalLM(
-        make_config("tiny", vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
+        make_config("tiny", vocab_size=len(TOKENIZER), bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD)
     )
 
 
@@ -113,3 +117,59 @@ def test_a_killed_worker_changes_nothing_of_a_deterministic_run(client: RolloutC
     assert killed[0] not in client.service_stats().workers.values()
     assert client.service_stats().deaths >= 1
     assert same(undisturbed, disturbed)
+
+
+class Curious:
+    """Asks for more after every turn."""
+
+    def reset(self) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "Say it."}]
+
+    def step(self, turn: Any) -> Observation:
+        return Observation(({"role": "user", "content": "And?"},))
+
+
+class Asked:
+    """The client, with a note of what is asked of it."""
+
+    def __init__(self, client: RolloutClient) -> None:
+        self.client = client
+        self.requests: list[GroupRequest] = []
+
+    def submit(self, groups: Any) -> None:
+        self.requests += groups
+        self.client.submit(groups)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+
+def converse(client: RolloutClient, name: str, rollout: RolloutConfig) -> tuple[Any, Recorder, Sampled, Asked]:
+    """Two steps of GRPO on conversations of up to four turns."""
+    model, recorder, asked = v4_model(), Recorder(), Asked(client)
+    config = GrpoStage(
+        kind="grpo", steps=2, prompts_per_step=2, group_size=8, optimizer=OptimizerConfig(lr=1e-3),
+        importance={"level": "token", "bound": "truncate", "max": 2},
+    )  # fmt: skip
+    prompt = Prompt("d/0", "d", tuple(encode_prompt(TOKENIZER, Curious().reset())))
+    episodes = LocalEpisodes({"d/0": Curious}, Limits(turns=4, tokens=0, turn_tokens=40))
+    job = GrpoJob(name, config, "", "", [prompt], 76, share_of_target, rollout, episodes=episodes)
+    sampled = train_grpo(model, TOKENIZER, job, asked, 3, Progress(recorder, name, 2))  # type: ignore[arg-type]
+    return model, recorder, sampled, asked
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_turns_of_episodes_have_the_trainers_logprobs_and_are_the_same_again(client: RolloutClient, mode: str) -> None:
+    rollout = RolloutConfig(mode=mode, deterministic=mode == "async", **ENGINE)
+    model, recorder, sampled, first = converse(client, f"episodes-{mode}", rollout)
+    again, *_, second = converse(client, f"episodes-{mode}", rollout)
+    assert sampled.difference.largest < 1e-5
+    assert sum(line["turns"] for line in recorder.lines) > 2  # some had a second turn
+    assert all(line["loss"] != 0 for line in recorder.lines)
+    follow = encode_continuation(TOKENIZER, [{"role": "user", "content": "And?"}])
+    later = [request for request in first.requests if not request.id.endswith("/0")]
+    assert later and all(request.prompt_ids[-len(follow) :] == follow for request in later)
+    assert {one.id: one for one in first.requests} == {one.id: one for one in second.requests}
+    assert same(model, again)
+    stats = client.service_stats()
+    assert (stats.waiting, stats.running, stats.ready_groups) == (0, 0, 0)

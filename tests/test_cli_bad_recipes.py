@@ -114,6 +114,20 @@ WRONG_VALUES: list[Case] = [
     ({"model": {"family": "hf", "config": {"hidden_size": 8}}}, "model.config.model_type", ["required"]),
     ({"model": {"family": "hf", "config": {"model_type": "qwen3"}}}, "rollout.engine", ["must be vllm"]),
     ({"model.checkpoint": "somewhere"}, "model", ["exactly one of"]),
+    ({"domains.sums.environment": {}}, "domains.sums.environment", ["give either `tools` or `factory`"]),
+    ({"domains.sums.environment": {"tool": []}}, "domains.sums.environment.tool", ["did you mean `tools`"]),
+    (
+        {"domains.sums.environment": {"tools": ["calculator"], "turn_tokens": 9}},
+        "domains.sums.environment.turn_tokens",
+        ["at most max_new_tokens", "8"],
+    ),
+    ({"domains.sums.environment": {"tools": ["calculator"] * 2}}, "domains.sums.environment.tools[1]", ["twice"]),
+    (
+        {"domains.sums.source": {"calculations": {"min_digits": 6}}},
+        "domains.sums.source.calculations.min_digits",
+        ["at most max_digits"],
+    ),
+    ({"stages.base.conversations": {"jsonl": "a", "bad_rows": "keep"}}, "stages.base.conversations.bad_rows", ["drop"]),
 ]
 NOT_THERE: list[Case] = [
     ({"model.config": "tinny"}, "model.config", ["no preset 'tinny'", "did you mean `tiny`"]),
@@ -137,6 +151,31 @@ NOT_THERE: list[Case] = [
     ({"domains.sums.reward": ["exat"]}, "domains.sums.reward[0]", ["exat", "exact"]),
     ({"domains.sums.reward": ["exact", {"length": {"goal": 3}}]}, "domains.sums.reward[1]", ["length"]),
     ({"domains.sums.reward": ["no_such_module:score"]}, "domains.sums.reward[0]", ["no_such_module"]),
+    (
+        {"domains.sums.environment": {"tools": ["abacus"]}},
+        "domains.sums.environment.tools[0]",
+        ["'abacus'", "calculator"],
+    ),
+    (
+        {"domains.sums.environment": {"tools": ["calculator", "math:sqrt"]}},
+        "domains.sums.environment.tools[1]",
+        ["cannot be passed by name"],
+    ),
+    (
+        {"domains.sums.environment": {"factory": "rollouts.environments:SingleTurns"}},
+        "domains.sums.environment.factory",
+        ["SingleTurns", "cannot be imported"],
+    ),
+    (
+        {"domains.sums.environment": {"tools": ["calculator"], "demonstrations": "math:pi"}},
+        "domains.sums.environment.demonstrations",
+        ["math:pi is not a function"],
+    ),
+    (
+        {"stages.experts.per_domain[0].conversations": {"jsonl": "no.jsonl"}},
+        "stages.experts.per_domain[0].conversations.jsonl",
+        ["there is no file"],
+    ),
 ]
 CASES = WRONG_KEYS + MISSING_KEYS + WRONG_TYPES + WRONG_VALUES + NOT_THERE
 

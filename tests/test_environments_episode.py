@@ -9,7 +9,6 @@ import pytest
 from posttrain.data.calculations import demonstrate, generate_calculations
 from posttrain.data.encoding import encode_conversation, encode_prompt, encode_text
 from posttrain.data.layout import ASSISTANT, DSML, EOS, THINK_END, THINK_START, USER
-from posttrain.data.tokenizer import build_character_tokenizer
 from posttrain.data.v4 import with_tools
 from posttrain.errors import BadInput
 from rollouts.environments import (
@@ -19,31 +18,15 @@ from rollouts.environments import (
     SingleTurn,
     ToolUse,
     calculator,
-    client_generator,
     function_tool,
-    run_episodes,
 )
-from rollouts.types import Completion, Sampling
+from rollouts.types import Completion, EpisodeFacts
+from tests.episode_kit import TOKENIZER, call, play, says
 
-TOKENIZER = build_character_tokenizer()
 CALCULATOR = function_tool(calculator)
 LIMITS = Limits(turns=4, tokens=1000, turn_tokens=200)
 PROBLEMS = generate_calculations("sums", {"train": 6, "selection": 0, "holdout": 0}, 0).train
 QUESTION = [{"role": "user", "content": "6*7="}]
-
-
-def says(text: str, version: int = 3) -> Completion:
-    """A completion as an engine would return it: the text's tokens, with special tokens where they are spelled."""
-    ids = TOKENIZER.encode(text)
-    reason = "stop" if text.endswith(EOS) else "length"
-    return Completion.of_version(ids, [-0.5 - index / 64 for index in range(len(ids))], reason, version)
-
-
-def call(expression: str) -> str:
-    return (
-        f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="calculator">\n<{DSML}parameter name="expression" string="true">'
-        f"{expression}</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>{EOS}"
-    )
 
 
 class Chatter:
@@ -76,13 +59,8 @@ def test_an_episode_with_a_tool():
     assert whole.logprobs == asked.logprobs + [0.0] * between + answered.logprobs
     assert whole.versions == [3] * (len(asked.token_ids) + between) + [4] * len(answered.token_ids)
     assert [message["role"] for message in episode.messages] == ["user", "assistant", "tool", "assistant"]
-    assert episode.summary() == {
-        "outcome": "answered",
-        "turns": 2,
-        "model_tokens": len(asked.token_ids) + len(answered.token_ids),
-        "environment_tokens": between,
-        "format_errors": 0,
-    }
+    assert whole.episode == EpisodeFacts(episode.loss_mask, turns=2, tool_calls=1, tool_errors=0)
+    assert whole.sampled_ids == asked.token_ids + answered.token_ids
 
 
 @pytest.mark.parametrize("mode", ["chat", "thinking", "thinking_max"])
@@ -96,7 +74,7 @@ def test_a_demonstration_played_turn_by_turn_has_the_tokens_that_it_is_taught_wi
         turns = [thought + call(problem.entry["expression"]), f"{THINK_END * (mode != 'chat')}{problem.answer}{EOS}"]
         limits = replace(LIMITS, turn_tokens=300)
         episode = Episode(TOKENIZER, ToolUse(problem.messages, [CALCULATOR], describe), limits, mode)
-        run_episodes([episode], lambda prompts, budget, turns=turns: [says(turns.pop(0))])
+        play(episode, [says(turn) for turn in turns])
         assert episode.context_ids == ids and [0] * len(episode.prompt_ids) + episode.loss_mask == mask
         assert episode.answer == problem.answer
 
@@ -105,12 +83,12 @@ def test_an_error_is_read_by_the_model_and_the_episode_goes_on():
     broken = call("6*7").replace("string=", "text=")
     turns = [call("6*"), broken, f"42{EOS}"]
     episode = Episode(TOKENIZER, ToolUse(QUESTION, [CALCULATOR], describe=False), LIMITS)
-    run_episodes([episode], lambda prompts, budget: [says(turns.pop(0))])
+    play(episode, [says(turn) for turn in turns])
     text = TOKENIZER.decode(episode.context_ids)
     assert "<tool_result>Error: ValueError: this is not an arithmetic expression</tool_result>" in text
     assert "<tool_result>Error: these tool calls cannot be read: at character " in text
     assert f"at character {broken.index(f'<{DSML}parameter')}: expected <｜DSML｜parameter" in text
-    assert episode.outcome == "answered" and episode.summary()["format_errors"] == 1
+    assert (episode.outcome, episode.tool_calls, episode.tool_errors) == ("answered", 2, 2)
 
 
 def test_special_tokens_that_a_tool_spells_stay_text():
@@ -121,7 +99,7 @@ def test_special_tokens_that_a_tool_spells_stay_text():
     spelled = call("x").replace("calculator", "echo").replace("expression", "text")
     turns = [spelled, f"ok{EOS}"]
     episode = Episode(TOKENIZER, ToolUse(QUESTION, [function_tool(echo)], describe=False), LIMITS)
-    run_episodes([episode], lambda prompts, budget: [says(turns.pop(0))])
+    play(episode, [says(turn) for turn in turns])
     assert episode.context_ids.count(TOKENIZER.eos_token_id) == 2
     assert episode.context_ids.count(TOKENIZER.convert_tokens_to_ids(USER)) == 2
 
@@ -131,15 +109,15 @@ def test_special_tokens_that_a_tool_spells_stay_text():
 
 def test_the_last_turn_is_not_answered():
     episode = Episode(TOKENIZER, Chatter(), replace(LIMITS, turns=2))
-    run_episodes([episode], lambda prompts, budget: [says(f"hm{EOS}")])
+    play(episode, [says(f"hm{EOS}")] * 2)
     assert (episode.outcome, len(episode.turns), episode.reward, episode.answer) == ("turn_limit", 2, 1.0, "")
-    assert episode.loss_mask[-1] == 1 and episode.completion().finish_reason == "length"
+    assert episode.loss_mask[-1] == 1 and episode.completion().finish_reason == "turn_limit"
 
 
 def test_the_environments_own_rewards_add_up():
     turns = [f"a{EOS}", f"b{EOS}", f"bye{EOS}"]
     episode = Episode(TOKENIZER, Chatter(), LIMITS)
-    run_episodes([episode], lambda prompts, budget: [says(turns.pop(0))])
+    play(episode, [says(turn) for turn in turns])
     assert (episode.outcome, episode.reward) == ("answered", 1.5)
     assert TOKENIZER.decode(episode.context_ids).count(f"{EOS}{USER}go on{ASSISTANT}{THINK_END}") == 2
 
@@ -165,12 +143,11 @@ def test_tokens_of_the_environment_count_and_are_not_added_where_nothing_could_f
         assert len(episode.spans) == (1 if outcome else 2)
 
 
-def test_an_environment_that_fails_costs_its_own_episode_only():
-    episodes = [Episode(TOKENIZER, Chatter(), LIMITS) for _ in range(2)]
-    turns = ["crash", "bye"]
-    run_episodes(episodes, lambda prompts, budget: [says(f"{turn}{EOS}") for turn in turns])
-    assert [episode.outcome for episode in episodes] == ["failed", "answered"]
-    assert episodes[0].error == "RuntimeError: no connection"
+def test_an_environment_that_fails_ends_its_episode_and_says_why():
+    episode = Episode(TOKENIZER, Chatter(), LIMITS)
+    play(episode, [says(f"crash{EOS}")])
+    assert (episode.outcome, episode.answer) == ("failed", "")
+    assert episode.completion().finish_reason == "failed: RuntimeError: no connection"
 
 
 def test_a_turn_beyond_the_budget_or_the_end_is_a_mistake_of_the_caller():
@@ -186,7 +163,9 @@ def test_a_turn_beyond_the_budget_or_the_end_is_a_mistake_of_the_caller():
 def test_an_answer_without_tokens():
     episode = Episode(TOKENIZER, SingleTurn(QUESTION), LIMITS)
     episode.advance(Completion.of_version([], [], "length", 7))
-    assert episode.completion() == Completion.of_version([], [], "length", 7)
+    assert episode.completion() == replace(
+        Completion.of_version([], [], "length", 7), episode=EpisodeFacts([], turns=1, tool_calls=0, tool_errors=0)
+    )
 
 
 def test_several_turns_of_thinking_need_declared_tools():
@@ -194,62 +173,3 @@ def test_several_turns_of_thinking_need_declared_tools():
     assert episode.prompt_ids[-1] == TOKENIZER.convert_tokens_to_ids(THINK_START)
     with pytest.raises(BadInput, match="in mode 'thinking' an environment of several turns declares tools"):
         episode.advance(says(f"so{THINK_END}hm{EOS}"))
-
-
-# Many at once
-
-
-def test_episodes_go_in_lock_step_and_leave_when_they_are_done():
-    episodes = [Episode(TOKENIZER, ToolUse(p.messages, [CALCULATOR], describe=False), LIMITS) for p in PROBLEMS]
-    expressions = {p.messages[0]["content"]: p.entry["expression"] for p in PROBLEMS}
-    batches = []
-
-    def policy(prompts, budget):
-        """Calls the calculator for every second problem, and copies its result."""
-        batches.append((len(prompts), budget))
-        answers = []
-        for ids in prompts:
-            text = TOKENIZER.decode(ids)
-            question = text.partition(USER)[2].partition(ASSISTANT)[0]
-            result = text.rpartition("<tool_result>")[2].partition("</tool_result>")[0]
-            if "<tool_result>" in text:
-                answers.append(says(result + EOS))
-            elif list(expressions).index(question) % 2:
-                answers.append(says(f"no idea{EOS}"))
-            else:
-                answers.append(says(call(expressions[question])))
-        return answers
-
-    run_episodes(episodes, policy)
-    assert batches == [(6, 200), (3, 200)]
-    assert [episode.answer == problem.answer for episode, problem in zip(episodes, PROBLEMS, strict=True)] == (
-        [True, False] * 3
-    )
-
-
-def test_turns_with_different_budgets_are_different_calls():
-    episodes = [Episode(TOKENIZER, SingleTurn(QUESTION), replace(LIMITS, turn_tokens=n)) for n in (5, 9, 5)]
-    calls = []
-    run_episodes(episodes, lambda prompts, budget: calls.append((len(prompts), budget)) or [says(EOS)] * len(prompts))
-    assert calls == [(2, 5), (1, 9)]
-
-
-class Client:
-    def __init__(self):
-        self.asked = []
-
-    def generate(self, prompts, sampling):
-        self.asked.append(sampling)
-        return [[says(f"hm{EOS}")] for _ in prompts]
-
-
-def test_every_turn_has_random_numbers_of_its_own_and_the_same_in_every_run():
-    clients = [Client(), Client()]
-    for client in clients:
-        episodes = [Episode(TOKENIZER, Chatter(), replace(LIMITS, turns=3)) for _ in range(2)]
-        run_episodes(episodes, client_generator(client, Sampling(max_tokens=1, temperature=0.7, seed=5)))
-    asked = clients[0].asked
-    assert asked == clients[1].asked and len({sampling.seed for sampling in asked}) == 3
-    assert all(sampling.max_tokens == 200 and sampling.temperature == 0.7 for sampling in asked)
-    with pytest.raises(ValueError, match="instead of n > 1"):
-        client_generator(clients[0], Sampling(max_tokens=1, n=2))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.data.calculations import demonstrate, generate_calculations
+from posttrain.data.calculations import demonstrate, demonstrate_half, generate_calculations
 from posttrain.data.encoding import check_conversation
 from posttrain.data.v4 import ToolCall, parse_turn, seal_text, with_tools
 from posttrain.errors import BadInput
@@ -235,8 +235,7 @@ def test_results_and_errors_come_back_in_the_order_of_the_calls():
         "Error: ValueError: division by zero",
         "Error: 'days' is of type integer, not \"x\"",
     ]
-    assert (environment.calls, environment.failed_calls) == (4, 3)
-    assert environment.reset() and environment.calls == 0
+    assert (observation.tool_calls, observation.tool_errors) == (4, 3)
 
 
 def test_calls_that_cannot_be_read_come_back_as_an_error_and_none_is_carried_out():
@@ -285,8 +284,10 @@ def test_calculations_are_in_one_place_each_and_the_same_for_every_seed():
     assert first.train != second.train
     ids = [problem.id for problem in (*first.train, *second.train, *first.selection, *first.holdout)]
     assert len(set(ids)) >= 695 and not {p.id for p in first.train} & {p.id for p in first.holdout + first.selection}
-    with pytest.raises(BadInput, match="needs 3 <= min_digits <= max_digits <= 30, not 2 and 5"):
-        generate_calculations("sums", sizes, 0, min_digits=2)
+    with pytest.raises(BadInput, match="needs 2 <= min_digits <= max_digits <= 30, not 1 and 5"):
+        generate_calculations("sums", sizes, 0, min_digits=1)
+    with pytest.raises(BadInput, match=r"too few different calculations: [67]\d{3} of 8000 for train"):
+        generate_calculations("sums", {**sizes, "train": 8000}, 0, min_digits=2, max_digits=2, shapes=["a*b"])
 
 
 def test_demonstrations_are_what_the_calculator_returns():
@@ -296,3 +297,11 @@ def test_demonstrations_are_what_the_calculator_returns():
         check_conversation(with_tools(conversation, [tool.schema()]))
         arguments = ast.literal_eval(conversation[1]["tool_calls"][0]["function"]["arguments"])
         assert tool.run(ToolCall("calculator", arguments)) == conversation[2]["content"] == problem.answer
+
+
+def test_half_of_the_demonstrations_answer_at_once():
+    problems = generate_calculations("sums", {"train": 400, "selection": 0, "holdout": 0}, 0).train
+    shown = [demonstrate_half(problem) for problem in problems]
+    assert 160 < sum(conversation == demonstrate(one) for conversation, one in zip(shown, problems, strict=True)) < 240
+    assert {len(conversation) for conversation in shown} == {2, 4}
+    assert all(conversation[-1]["content"] == one.answer for conversation, one in zip(shown, problems, strict=True))

@@ -9,7 +9,7 @@ One JSON object a line, with either of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,20 @@ class ConversationFile:
     """Of every row that was left out: where it is and what is wrong with it."""
 
 
-def read_conversations(path: str | Path, key: str, drop_bad: bool = False) -> ConversationFile:
+def read_conversations(
+    path: str | Path,
+    key: str,
+    drop_bad: bool = False,
+    known_tools: Sequence[str] = (),
+    complaint: Callable[[Conversation], str | None] = lambda conversation: None,
+) -> ConversationFile:
     """Read a JSONL file of conversations.
 
     Args:
         key: The recipe's key that names the file, for messages.
         drop_bad: Leave out rows that are wrong, instead of refusing the file.
+        known_tools: Names of tools that may be called without being declared.
+        complaint: What else is wrong with a conversation, if anything.
 
     Raises:
         BadInput: no such file, no good row, or (unless `drop_bad`) bad rows: the first few, by file and line.
@@ -58,7 +66,10 @@ def read_conversations(path: str | Path, key: str, drop_bad: bool = False) -> Co
         where = f"{path}:{number}"
         try:
             if line.strip():
-                good.append(_parse_row(line, where))
+                conversation = _parse_row(line, where, known_tools)
+                if wrong := complaint(conversation):
+                    raise ValueError(wrong)
+                good.append(conversation)
         except (BadInput, ValueError) as error:
             bad.append(f"{where}: {error}")
     if bad and not drop_bad:
@@ -70,7 +81,7 @@ def read_conversations(path: str | Path, key: str, drop_bad: bool = False) -> Co
     return ConversationFile(good, bad)
 
 
-def _parse_row(line: bytes, where: str) -> Conversation:
+def _parse_row(line: bytes, where: str, known_tools: Sequence[str]) -> Conversation:
     """Raises ValueError or BadInput with what is wrong."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -81,7 +92,7 @@ def _parse_row(line: bytes, where: str) -> Conversation:
     if not isinstance(row, Mapping) or ("messages" in row) == ("text" in row):
         raise ValueError("a row is an object with either `messages` or `text`")
     messages, mode = _parse_text(row) if "text" in row else _parse_messages(row)
-    check_conversation(messages)
+    check_conversation(messages, known_tools)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("there is no assistant's message to learn")
     return Conversation(f"{where} ({row['id']})" if "id" in row else where, tuple(messages), mode)

@@ -102,11 +102,16 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
         BadInput: a task, parameter, template, file or row that is wrong, or too few distinct problems.
     """
     from posttrain.data import sources
-    from posttrain.recipe.schema import JsonlSource, ReasoningGymSource
+    from posttrain.data.calculations import generate_calculations
+    from posttrain.recipe.schema import CalculationsSource, JsonlSource, ReasoningGymSource
 
     source = config.source
     if isinstance(source, ReasoningGymSource):
         return sources.generate(name, source, config, seed)
+    if isinstance(source, CalculationsSource):
+        sizes: dict[Split, int] = {"train": config.train, "selection": config.selection, "holdout": config.holdout}
+        kind = source.calculations
+        return generate_calculations(name, sizes, seed, kind.min_digits, kind.max_digits, config.system, kind.shapes)
     if isinstance(source, JsonlSource):
         problems = sources.read_jsonl(name, source.jsonl, config.system)
         held_out = sources.read_jsonl(name, source.holdout_jsonl, config.system) if source.holdout_jsonl else None

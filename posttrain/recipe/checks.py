@@ -6,13 +6,14 @@ Each check imports what it needs when it runs. None imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import BadInput
-from posttrain.recipe.document import Document, KeyPath
+from posttrain.recipe.conversations import EnvironmentConfig
+from posttrain.recipe.document import Document, KeyPath, split_key
 from posttrain.recipe.problems import Problem, choices, did_you_mean
 from posttrain.recipe.schema import DatasetSource, JsonlSource, ReasoningGymSource, Recipe
 
@@ -49,6 +50,12 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
         elif isinstance(domain.source, DatasetSource):
             _add(checked, (*key, "dataset"), _dataset(domain.source.dataset, _base(document, (*key, "dataset"))))
         checked.problems += _rewards(("domains", name, "reward"), domain.reward)
+        if domain.environment is not None:
+            checked.problems += _environment(("domains", name, "environment"), domain.environment)
+    for stage_key, stage in recipe.sft_stages().items():
+        if stage.conversations is not None:
+            key = (*split_key(stage_key), "conversations", "jsonl")
+            _add(checked, key, _file(stage.conversations.jsonl, _base(document, key)))
     return checked
 
 
@@ -173,6 +180,27 @@ def _params_problem(key: KeyPath, task: str, params: dict[str, Any], message: st
             allowed = choices(known, f"parameters of {task}")
             return Problem((*key, name), f"unknown parameter{did_you_mean(name, known)}", allowed)
     return Problem(key, message)
+
+
+def _environment(key: KeyPath, config: EnvironmentConfig) -> list[Problem]:
+    """What the environment names can be imported, and tools can be tools."""
+    from posttrain.imports import import_function
+    from rollouts.environments import named_tool
+
+    named: list[tuple[KeyPath, str, Callable[[str, str], Any]]] = [
+        ((*key, "tools", index), name, named_tool) for index, name in enumerate(config.tools)
+    ]
+    for field_name in ("factory", "demonstrations"):
+        value = getattr(config, field_name)
+        if value is not None:
+            named.append(((*key, field_name), value, import_function))
+    problems = []
+    for place, name, read in named:
+        try:
+            read(name, "")
+        except BadInput as error:
+            problems.append(Problem(place, str(error).removeprefix(": ")))
+    return problems
 
 
 def _rewards(key: KeyPath, specs: list[str | dict[str, dict[str, Any]]]) -> list[Problem]:

@@ -6,6 +6,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from posttrain.recipe.schema import (
+    CalculationsSource,
     DomainConfig,
     GateConfig,
     GrpoStage,
@@ -57,16 +58,27 @@ def _problems(domain: DomainConfig) -> str:
     source = domain.source
     if isinstance(source, ReasoningGymSource):
         origin = f"reasoning-gym {source.reasoning_gym}"
+    elif isinstance(source, CalculationsSource):
+        origin = "calculations"
     else:
         origin = source.jsonl if isinstance(source, JsonlSource) else source.dataset
     rewards = ", ".join(spec if isinstance(spec, str) else next(iter(spec)) for spec in domain.reward)
     counts = f"{domain.train:,} problems to train, {domain.selection:,} to select, {domain.holdout:,} held out"
-    return f"{origin}; {counts}; reward {rewards}"
+    return f"{origin}; {counts}; reward {rewards}{_environment(domain)}"
+
+
+def _environment(domain: DomainConfig) -> str:
+    config = domain.environment
+    if config is None:
+        return ""
+    turns = f"up to {config.turns} turns with"
+    return f"; {turns} {', '.join(config.tools)}" if config.tools else f"; {turns} {config.factory}"
 
 
 def _steps(stage: SftStage | GrpoStage) -> str:
     if isinstance(stage, SftStage):
-        return f"{stage.steps:,} steps of {stage.batch_size:,} examples"
+        origin = f" from {stage.conversations.jsonl}" if stage.conversations else ""
+        return f"{stage.steps:,} steps of {stage.batch_size:,} examples{origin}"
     return f"{stage.steps:,} steps of {stage.prompts_per_step:,} prompts with {stage.group_size:,} answers each"
 
 

@@ -10,22 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from posttrain.recipe.conversations import ConversationsConfig, EnvironmentConfig
+from posttrain.recipe.section import Section
+from posttrain.recipe.section import wrong as _wrong
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """Names of recipes and runs: they become directories."""
-
-
-def _wrong(key: str, message: str) -> PydanticCustomError:
-    """An error that belongs to `key`, a dotted path below the section that is being checked."""
-    return PydanticCustomError("recipe", "{message}", {"key": key, "message": message})
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _text_or_mapping(value: Any) -> Any:
@@ -145,7 +137,28 @@ class DatasetSource(Section):
     answer_field: str = "answer"
 
 
-SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset")
+class CalculationsConfig(Section):
+    min_digits: int = Field(3, ge=2, le=30)
+    max_digits: int = Field(5, ge=2, le=30)
+    """Of each number."""
+    shapes: list[Literal["a*b", "a*b+c", "a*b-c", "(a+b)*c"]] = Field(
+        ["a*b", "a*b+c", "a*b-c", "(a+b)*c"], min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> CalculationsConfig:
+        if self.min_digits > self.max_digits:
+            raise _wrong("min_digits", f"must be at most max_digits, which is {self.max_digits}")
+        return self
+
+
+class CalculationsSource(Section):
+    """Products and sums of large numbers (`28749*9377-510=`): what a model needs a calculator for."""
+
+    calculations: CalculationsConfig
+
+
+SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations")
 
 
 def _source_kind(value: Any) -> str:
@@ -159,7 +172,8 @@ def _source_kind(value: Any) -> str:
 Source = Annotated[
     Annotated[ReasoningGymSource, Tag("<reasoning_gym>")]
     | Annotated[JsonlSource, Tag("<jsonl>")]
-    | Annotated[DatasetSource, Tag("<dataset>")],
+    | Annotated[DatasetSource, Tag("<dataset>")]
+    | Annotated[CalculationsSource, Tag("<calculations>")],
     Discriminator(
         _source_kind,
         custom_error_type="recipe",
@@ -191,6 +205,17 @@ class DomainConfig(Section):
     """Problems for the reported accuracy; never trained on, never selected on."""
     max_new_tokens: int = Field(32, ge=1)
     system: str | None = None
+    environment: EnvironmentConfig | None = None
+    """Tools, or another side of a conversation of several turns; default: one answer to the prompt."""
+
+    @model_validator(mode="after")
+    def _turns_fit(self) -> DomainConfig:
+        turn_tokens = self.environment.turn_tokens if self.environment else None
+        if turn_tokens is not None and turn_tokens > self.max_new_tokens:
+            raise _wrong(
+                "environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {self.max_new_tokens}"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -255,6 +280,8 @@ class SftStage(Section):
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
     max_length: int = Field(256, ge=8)
+    conversations: ConversationsConfig | None = None
+    """What is learned instead of the domains' problems: every turn of the assistant."""
     optimizer: OptimizerConfig = OptimizerConfig()
     auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 
@@ -447,6 +474,11 @@ class Recipe(Section):
         for name, domain_config in self.domains.items():
             self._check_sizes(name, domain_config)
         return self
+
+    def sft_stages(self) -> dict[str, SftStage]:
+        """All SFT stages, under their keys."""
+        stages = {"base": self.stages.base, **self._experts_by_key()}
+        return {f"stages.{key}": stage for key, stage in stages.items() if isinstance(stage, SftStage)}
 
     def _experts_by_key(self) -> dict[str, SftStage | GrpoStage]:
         """The experts' stages as they are written, under their keys below `stages`."""

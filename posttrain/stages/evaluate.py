@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,8 +13,10 @@ from posttrain.data.encoding import encode_prompt, render_prompt
 from posttrain.observe.intervals import accuracy_interval
 from posttrain.recipe import Recipe
 from posttrain.recipe.schema import GateConfig, HoldoutEvaluation
+from posttrain.stages.episodes import episodes_of
 from posttrain.stages.scoring import DomainRewards
-from rollouts.types import Completion, Sampling
+from rollouts.environments import EpisodeClient
+from rollouts.types import Completion, Sampling, episode_means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +44,8 @@ class Measurement:
     seconds: float
     transcripts: list[tuple[Problem, str, bool]]
     """Problem, answer, whether it is right."""
+    episodes: dict[str, float] = field(default_factory=dict)
+    """With an environment: turns, tool calls, tool errors and environment's tokens of an episode, on average."""
 
 
 def evaluate(work: Work, model: str, checkpoint: Path, slot: int | None = None) -> dict[str, float]:
@@ -95,7 +99,7 @@ def measure(
         {"event": "evaluated", "stage": model, "model": model, "checkpoint": str(checkpoint), "domain": domain,
          "split": split, "sampling": key[-1], "pass@1": found.accuracy, "n": len(problems), "samples": config.samples,
          "ci95": list(found.interval), "mean_length": found.mean_length, "tokens": found.tokens,
-         "reward_errors": found.reward_errors, "seconds": found.seconds}
+         "reward_errors": found.reward_errors, "seconds": found.seconds, **found.episodes}
     )  # fmt: skip
     work.measured[key] = found.accuracy
     return found.accuracy
@@ -120,14 +124,18 @@ def measure_problems(
         n=config.samples,
         seed=0,
     )
-    prompts = [encode_prompt(tokenizer, problem.messages) for problem in problems]
-    answers: list[list[Completion]] = client.generate(prompts, sampling)
+    episodes = episodes_of(recipe, rewards.tokenizer_path, problems)
+    answers: list[list[Completion]]
+    if episodes is not None:
+        answers = EpisodeClient(client, episodes).play([problem.id for problem in problems], sampling)
+    else:
+        answers = client.generate([encode_prompt(tokenizer, problem.messages) for problem in problems], sampling)
     judged = [
-        [rewards.judge(problem.id, answer.token_ids, answer.finish_reason) for answer in group]
+        [rewards.judge(problem.id, answer.sampled_ids, answer.finish_reason) for answer in group]
         for problem, group in zip(problems, answers, strict=True)
     ]
     shares = [sum(result.correct for _, result in group) / len(group) for group in judged]
-    lengths = [len(answer.token_ids) for group in answers for answer in group]
+    lengths = [len(answer.sampled_ids) for group in answers for answer in group]
     return Measurement(
         accuracy=sum(shares) / len(shares),
         interval=accuracy_interval(shares, config.samples),
@@ -136,14 +144,18 @@ def measure_problems(
         reward_errors=sum(result.error is not None for group in judged for _, result in group),
         seconds=time.monotonic() - started,
         transcripts=[
-            (problem, text + _ending(group[0]), result.correct)
+            (problem, _transcript(tokenizer, group[0], text), result.correct)
             for problem, group, ((text, result), *_) in zip(problems, answers, judged, strict=True)
         ][:TRANSCRIPTS],
+        episodes=episode_means([answer for group in answers for answer in group]),
     )
 
 
-def _ending(answer: Completion) -> str:
-    return "" if answer.finish_reason == "stop" else " [cut off]"
+def _transcript(tokenizer: PreTrainedTokenizerBase, answer: Completion, text: str) -> str:
+    """The answer; of an episode everything after its prompt."""
+    if answer.episode is not None:
+        text = tokenizer.decode(answer.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text if answer.finish_reason == "stop" else f"{text} [cut off]"
 
 
 def _record_transcripts(work: Work, model: str, found: Measurement) -> None:

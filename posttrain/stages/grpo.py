@@ -8,6 +8,7 @@ from random import Random
 from posttrain.data import Problem
 from posttrain.data.encoding import encode_prompt
 from posttrain.recipe.schema import GrpoStage
+from posttrain.stages.episodes import episodes_of, policy_messages
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import GrpoJob, Prompt
@@ -18,7 +19,7 @@ VERSION_BITS = 20
 
 def prompts_of(work: Work, problems: list[Problem]) -> list[Prompt]:
     """Problems as the policy sees them."""
-    tokens = [tuple(encode_prompt(work.tokenizer, problem.messages)) for problem in problems]
+    tokens = [tuple(encode_prompt(work.tokenizer, policy_messages(work.recipe, problem))) for problem in problems]
     return [Prompt(problem.id, problem.domain, ids) for problem, ids in zip(problems, tokens, strict=True)]
 
 
@@ -52,6 +53,7 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path,
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),
+            episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), problems),
         )
 
     trainer, client = work.cluster.trainers[slot], work.cluster.client(slot)

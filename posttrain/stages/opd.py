@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.recipe.schema import OpdStage
+from posttrain.stages.episodes import episodes_of
 from posttrain.stages.grpo import draw, first_version, prompts_of
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
@@ -28,6 +29,7 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),
+            episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), everything),
         )
 
     cluster, client = work.cluster, work.cluster.client()

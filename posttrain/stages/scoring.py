@@ -13,6 +13,7 @@ from posttrain.data.tokenizer import load_tokenizer
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 from rewards import RewardResult, Scorer, build, check
+from rollouts.types import FAILED
 
 
 class DomainRewards:
@@ -34,6 +35,7 @@ class DomainRewards:
         log: MetricsLog | None = None,
     ) -> None:
         self.specs = {name: config.reward for name, config in recipe.domains.items()}
+        self.conversing = {name for name, config in recipe.domains.items() if config.environment is not None}
         self.tokenizer_path = tokenizer_path
         self.problems = {problem.id: problem for problem in problems}
         self.stage = stage
@@ -41,7 +43,7 @@ class DomainRewards:
         self.told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("specs", "tokenizer_path", "problems", "stage", "log", "told")
+        kept = ("specs", "conversing", "tokenizer_path", "problems", "stage", "log", "told")
         return {key: self.__dict__[key] for key in kept}
 
     @cached_property
@@ -53,14 +55,26 @@ class DomainRewards:
         return {name: build(specs, f"domains.{name}.reward") for name, specs in self.specs.items()}
 
     def judge(self, problem_id: str, token_ids: Sequence[int], finish_reason: str) -> tuple[str, RewardResult]:
-        """The text of one completion and its score."""
+        """The text of one answer and its score; `token_ids` are what the model sampled."""
         problem = self.problems[problem_id]
-        text = decode_completion(self._tokenizer, token_ids)
-        result = self._scorers[problem.domain].score(problem, text, token_ids, finish_reason)
+        if finish_reason.startswith(FAILED):
+            text, result = "", RewardResult(problem_id, 0.0, error=f"its environment {finish_reason}")
+        else:
+            text = self._text(problem, token_ids, finish_reason)
+            result = self._scorers[problem.domain].score(problem, text, token_ids, finish_reason)
         if result.error is not None and not self.told:
             self.told = True
             self._tell(problem, text, result.error)
         return text, result
+
+    def _text(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> str:
+        """The answer: of an episode the last turn, if it came to an answer."""
+        if problem.domain not in self.conversing:
+            return decode_completion(self._tokenizer, token_ids)
+        if finish_reason != "stop":
+            return ""
+        ends = [at for at, token in enumerate(token_ids) if token == self._tokenizer.eos_token_id]
+        return decode_completion(self._tokenizer, token_ids[ends[-2] + 1 if len(ends) > 1 else 0 :])
 
     def __call__(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]

@@ -25,7 +25,7 @@ from posttrain.trainers.jobs import Prompt
 from posttrain.trainers.mismatch import Ages, LogprobDifference
 from posttrain.trainers.models import publishable_weights
 from posttrain.trainers.progress import Progress
-from rollouts.types import Completion, FinishedGroup, GroupRequest, Sampling
+from rollouts.types import Completion, FinishedGroup, GroupRequest, Sampling, episode_means
 
 
 class Client(Protocol):
@@ -110,6 +110,8 @@ class RolloutGeneration:
     """Judges finished groups: whether anything can be learned from each. Without it that is so of all."""
     spare_groups: int = 0
     """How many groups of which nothing can be learned are replaced in each step."""
+    mask_truncated: bool = False
+    """Learn nothing from episodes that did not come to an answer."""
     steps_done: int = 0
     publish_seconds: list[float] = field(default_factory=list)
     waited_seconds: float = 0.0
@@ -174,7 +176,18 @@ class RolloutGeneration:
 
     def loss_masks(self) -> list[list[int]] | None:
         """For each token of each sample 1 if something is learned from it; None when that is so of all."""
-        return self.ages.mask(self.samples, self.version)
+        masks = self.ages.mask(self.samples, self.version)
+        if all(sample.episode is None for sample in self.samples):
+            return masks
+        fresh = masks or [[1] * len(sample.token_ids) for sample in self.samples]
+        return [
+            [one * sampled * self._learns(sample) for one, sampled in zip(mask, sample.loss_mask, strict=True)]
+            for mask, sample in zip(fresh, self.samples, strict=True)
+        ]
+
+    def _learns(self, sample: Completion) -> bool:
+        """Whether anything is learned from an episode; TRL sees only whether its last token ends a turn."""
+        return sample.finish_reason == "stop" or not self.mask_truncated
 
     def finish(self) -> None:
         """The stage is over: nothing that was asked for is needed any more."""
@@ -223,7 +236,9 @@ class RolloutGeneration:
                 seed=derive_seed(self.seed, "batch", batch),
             )
             name, tokens = f"{self.stage}/{batch}/{row}", list(ask.prompt.token_ids)
-            request = GroupRequest(name, tokens, sampling, index=row, domain=ask.prompt.domain)
+            request = GroupRequest(
+                name, tokens, sampling, index=row, domain=ask.prompt.domain, problem_id=ask.prompt.problem_id
+            )
             groups.append(Group(self._asked, ask.prompt, request, self._base + self._published + 1))
             self._asked += 1
         self._pending |= {group.request.id: group for group in groups}
@@ -301,11 +316,13 @@ class RolloutGeneration:
 
     def _report(self) -> None:
         samples = self.samples
-        lengths = [len(sample.token_ids) for sample in samples]
-        truncated = [sample.finish_reason == "length" for sample in samples]
+        lengths = [len(sample.sampled_ids) for sample in samples]
+        truncated = [sample.finish_reason != "stop" for sample in samples]
         self.progress.add("completion_length", sum(lengths) / len(lengths))
         self.progress.add("truncated", sum(truncated) / len(truncated))
         self.progress.add_tokens(sum(lengths))
+        for name, value in episode_means(samples).items():
+            self.progress.add(name, value)
         metrics = self.ages.add(samples, self.version)
         if self.rollout.mode == "async":
             for name, value in metrics.items():

@@ -37,6 +37,7 @@ from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.settings import endless, training_arguments
 from posttrain.trainers.trl_seam import Batch, GroupRelativeTrainer, GRPOConfig
+from rollouts.environments import with_episodes
 
 
 class GrpoTrainer(GroupRelativeTrainer):
@@ -50,7 +51,7 @@ class GrpoTrainer(GroupRelativeTrainer):
     def batch_scored(self, batch: Batch) -> None:
         trainer_BT, sampler_BT = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
         mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
-        fresh_BT = batch["completion_mask"].bool() & (self._ages_like(mask_BT) == 0)
+        fresh_BT = mask_BT.bool() & (self._ages_like(mask_BT) == 0)
         ratio_BT, outside_BT = importance_ratios(trainer_BT, sampler_BT, mask_BT, self.config.importance)
         learned_BT = mask_BT.bool()
         metrics = self.difference.add(trainer_BT[fresh_BT], sampler_BT[fresh_BT])
@@ -93,9 +94,13 @@ class RewardColumn:
         pairs = [(group, sample) for group in groups for sample in group.completions]
         rewards, parts = self.reward(
             [group.prompt.problem_id for group, _ in pairs],
-            [sample.token_ids for _, sample in pairs],
+            [sample.sampled_ids for _, sample in pairs],
             [sample.finish_reason for _, sample in pairs],
         )
+        paid = [sample.episode.reward if sample.episode else 0.0 for _, sample in pairs]
+        if any(paid):
+            rewards = [reward + own for reward, own in zip(rewards, paid, strict=True)]
+            parts = [{**part, "environment": own} for part, own in zip(parts, paid, strict=True)]
         first = 0
         for group in groups:
             rows = slice(first, first + len(group.completions))
@@ -214,7 +219,7 @@ def train_grpo(
     config = job.config
     column = RewardColumn(job.reward, progress)
     generation = RolloutGeneration(
-        client=client,
+        client=with_episodes(client, job.episodes),
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
         stage=job.stage,
         asks=(Ask(prompt, job.max_new_tokens) for prompt in endless(job.prompts, seed)),
@@ -228,6 +233,7 @@ def train_grpo(
         first_version=job.first_version,
         informs=column.judge,
         spare_groups=config.dynamic_sampling * config.prompts_per_step,
+        mask_truncated=config.mask_truncated,
     )
     column.groups = lambda: generation.groups
     reference = copy.deepcopy(model) if config.beta else None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from posttrain.recipe.schema import GrpoStage, OpdStage, RolloutConfig, SftStage
+
+if TYPE_CHECKING:
+    from rollouts.environments import Episodes
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Prompt:
 
 class Reward(Protocol):
     """Scores completions: one reward each, and named parts of it for the log. It has to survive pickling.
+
+    Of an episode it is given the tokens that the model sampled; each turn ends with its end token.
 
     NaN marks a completion that could not be scored: nothing is learned from it.
     """
@@ -54,6 +59,8 @@ class GrpoJob:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     first_version: int = 0
     """Published weights get higher versions than this one; see `posttrain.stages.grpo.first_version`."""
+    episodes: Episodes | None = None
+    """Problems that are conversations with an environment; `max_new_tokens` are then those of a whole episode."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class OpdJob:
     """Scores the student's samples for the log; the loss does not see it."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     first_version: int = 0
+    episodes: Episodes | None = None
 
 
 @dataclass

@@ -86,7 +86,7 @@ class Ages:
     """How old the weights were that sampled the tokens of a stage, in steps of the stage.
 
     A token's age is the version that is trained minus the version that sampled it. Tokens older than `limit` are
-    masked: they are context for the others, and nothing is learned from them.
+    masked: they are context for the others, and nothing is learned from them. An environment's tokens do not count.
     """
 
     limit: int
@@ -103,9 +103,12 @@ class Ages:
         ages: Counter[int] = Counter()
         spans: Counter[int] = Counter()
         for sample in samples:
-            for span in sample.spans:
-                ages[version - span.version] += span.end - span.begin
-            spans[min(len(sample.spans), MANY_SPANS)] += len(sample.token_ids)
+            if sample.episode is None:
+                for span in sample.spans:
+                    ages[version - span.version] += span.end - span.begin
+            else:
+                ages.update(version - one for one, own in zip(sample.versions, sample.loss_mask, strict=True) if own)
+            spans[min(len(sample.spans), MANY_SPANS)] += len(sample.sampled_ids)
         self.tokens += ages
         self.tokens_by_spans += spans
         return self._metrics(ages, spans)

@@ -35,6 +35,7 @@ from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.settings import cycle, training_arguments
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
+from rollouts.environments import with_episodes
 
 
 class Teachers(Protocol):
@@ -76,11 +77,12 @@ class OpdTrainer(OnPolicyTrainer):
             sequences = [row["prompt"] + tokens for row, tokens in zip(rows, completions, strict=True)]
             pending = self.teachers.hidden_states(self.experts[domain], sequences, kept)
             self._domains.append((domain, sum(kept), pending))
-            self.progress.add(f"completion_length/{domain}", sum(kept) / len(kept))
+            sampled = [sum(sample.loss_mask) for sample in samples[first - len(rows) : first]]
+            self.progress.add(f"completion_length/{domain}", sum(sampled) / len(sampled))
         if self.reward is not None:
             self._score(self.reward, inputs)
 
-    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor]:
+    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss over all domains, one teacher after the other."""
         chosen_BT = inputs["completion_mask"].bool()
         hidden_NH = hidden_BTH[chosen_BT]  # sample after sample, so a domain's positions are next to each other
@@ -90,17 +92,19 @@ class OpdTrainer(OnPolicyTrainer):
         samples = self.rollouts.samples
         sampler_N = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
         ages_N = self.rollouts.version - torch.tensor([one for sample in samples for one in sample.versions])
-        fresh_N = ages_N == 0
+        sampled_N = torch.tensor([one for sample in samples for one in sample.loss_mask], dtype=torch.bool)
+        fresh_N = sampled_N & (ages_N == 0)
         for name, value in self.difference.add(logps_N.cpu()[fresh_N], sampler_N[fresh_N]).items():
             self.progress.add(name, value)
         started = time.perf_counter()
-        learned_N = ages_N <= self.rollouts.ages.limit
+        learned_N = sampled_N & (ages_N <= self.rollouts.ages.limit)
         loss, reports = one_head_at_a_time(
             self.kind, hidden_NH[learned_N.to(hidden_NH.device)], head_VH, self._teacher_rows(learned_N)
         )
         self.progress.add("seconds_divergence", time.perf_counter() - started)
         self._report(reports)
-        return loss, torch.tensor(sum(report.student_entropy * report.tokens for report in reports))
+        entropy = torch.tensor(sum(report.student_entropy * report.tokens for report in reports))
+        return loss, entropy, torch.tensor(max(1, sum(report.tokens for report in reports)))
 
     def _teacher_rows(self, learned_N: Tensor) -> list[TeacherRows]:
         """What each teacher teaches of the positions that `learned_N` keeps; a teacher without any is left out."""
@@ -131,7 +135,7 @@ class OpdTrainer(OnPolicyTrainer):
         samples = self.rollouts.samples
         rewards, _ = reward(
             [row["problem_id"] for row in inputs],
-            [sample.token_ids for sample in samples],
+            [sample.sampled_ids for sample in samples],
             [sample.finish_reason for sample in samples],
         )
         scored = [pair for pair in zip(inputs, rewards, strict=True) if not math.isnan(pair[1])]
@@ -191,7 +195,7 @@ def train_opd(
     config, domains = job.config, sorted(job.prompts)
     rows = ordered_by_teacher(job.prompts, config.shares, config.steps, config.batch_size, seed)
     generation = RolloutGeneration(
-        client=client,
+        client=with_episodes(client, job.episodes),
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
         stage=job.stage,
         asks=iter([Ask(prompt, job.max_new_tokens[prompt.domain]) for prompt in rows]),

@@ -322,8 +322,8 @@ class OnPolicyTrainer(WithAuxiliary, DistillationTrainer):
     def batch_generated(self, inputs: Sequence[Batch]) -> None:
         """Called after every generation with the rows of the data set, in the order of the samples."""
 
-    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor]:
-        """The loss, and the sum of the student's entropies, from the student's hidden states.
+    def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the sum of the student's entropies and the number of tokens, from the student's hidden states.
 
         `hidden_BTH` are the states that predict `inputs["completion_ids"]` (right-padded, `completion_mask`);
         `head_VH` is the weight of the language-model head.
@@ -357,8 +357,7 @@ class OnPolicyTrainer(WithAuxiliary, DistillationTrainer):
         length = inputs["completion_ids"].size(1)
         hidden_BTH = output.last_hidden_state[:, -length - 1 : -1]
         head_VH = unwrapped_student.get_output_embeddings().weight
-        loss, entropy = self.divergence_loss(hidden_BTH, head_VH, inputs)
-        return loss, entropy, inputs["completion_mask"].sum()
+        return self.divergence_loss(hidden_BTH, head_VH, inputs)
 
 
 class SupervisedTrainer(WithAuxiliary, SFTTrainer):

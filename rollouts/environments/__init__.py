@@ -1,16 +1,17 @@
 """Conversations of several turns: environments, tools, episodes as tokens. Importing this loads no heavy library."""
 
 from rollouts.environments.calculator import calculator
-from rollouts.environments.driver import Generate, client_generator, run_episodes
+from rollouts.environments.client import EpisodeClient, Episodes, with_episodes
 from rollouts.environments.episode import Episode, Limits, Span
 from rollouts.environments.problems import SingleTurn, ToolUse
 from rollouts.environments.protocol import Environment, Observation
-from rollouts.environments.tools import Tool, ToolError, function_tool, schema_tool
+from rollouts.environments.tools import Tool, ToolError, function_tool, named_tool, schema_tool
 
 __all__ = [
     "Environment",
     "Episode",
-    "Generate",
+    "EpisodeClient",
+    "Episodes",
     "Limits",
     "Observation",
     "SingleTurn",
@@ -19,8 +20,8 @@ __all__ = [
     "ToolError",
     "ToolUse",
     "calculator",
-    "client_generator",
     "function_tool",
-    "run_episodes",
+    "named_tool",
     "schema_tool",
+    "with_episodes",
 ]

@@ -8,14 +8,14 @@ the conversation is continued or written all at once (`posttrain.data.encoding.e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.data.encoding import decode_turn, encode_continuation, encode_prompt
 from posttrain.data.v4 import Message, Mode, ParsedTurn
 from posttrain.errors import BadInput, RunFailed
 from rollouts.environments.protocol import Environment, Observation
-from rollouts.types import Completion, version_spans
+from rollouts.types import FAILED, Completion, EpisodeFacts, version_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,22 +49,29 @@ class Episode:
 
     Args:
         environment: Its own; two episodes do not share one.
+        prompt_ids: The tokens of the environment's messages, if they are known.
 
     Raises:
         BadInput: a first prompt that cannot be written with this tokenizer.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, environment: Environment, limits: Limits, mode: Mode = "chat"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        environment: Environment,
+        limits: Limits,
+        mode: Mode = "chat",
+        prompt_ids: list[int] | None = None,
     ) -> None:
         self._tokenizer, self._environment, self._limits, self._mode = tokenizer, environment, limits, mode
         self.messages: list[Message] = list(environment.reset())
         """The conversation as it was understood; for reading. Training goes by the tokens."""
-        self.prompt_ids = encode_prompt(tokenizer, self.messages, mode)
+        self.prompt_ids = encode_prompt(tokenizer, self.messages, mode) if prompt_ids is None else prompt_ids
         self.spans: list[Span] = []
         self.turns: list[ParsedTurn] = []
         self.reward = 0.0
         """The sum of the environment's own rewards."""
+        self.tool_calls = self.tool_errors = 0
         self.outcome: Outcome | None = None
         """`answered`: the environment ended it. None while it goes on."""
         self.error: str | None = None
@@ -114,6 +121,8 @@ class Episode:
             self.outcome, self.error = "failed", f"{type(error).__name__}: {error}"
             return
         self.reward += observation.reward
+        self.tool_calls += observation.tool_calls
+        self.tool_errors += observation.tool_errors
         self._observe(observation)
 
     def _observe(self, observation: Observation) -> None:
@@ -143,11 +152,12 @@ class Episode:
         """The whole episode as one completion of its prompt; `loss_mask` tells the model's tokens from the others.
 
         The environment's tokens have log-probability 0 and the weight version of the turn before them. The finish
-        reason is `stop` if the environment ended the episode.
+        reason is `stop` if the environment ended the episode, `length` at the limit of tokens, `turn_limit`, or
+        `failed: ` with what the environment raised. Routes, if asked for, are the last turn's, for which all was read.
         """
         logprobs: list[float] = []
         versions: list[int] = []
-        version = 0
+        version, routes = 0, None
         for span in self.spans:
             if span.completion is None:
                 logprobs += [0.0] * len(span.token_ids)
@@ -155,19 +165,10 @@ class Episode:
             else:
                 logprobs += span.completion.logprobs
                 versions += span.completion.versions
-                version = span.completion.weight_version
-        reason = "stop" if self.outcome == "answered" else "length"
+                version, routes = span.completion.weight_version, span.completion.routes
+        reasons = {"answered": "stop", "turn_limit": "turn_limit", "failed": f"{FAILED}{self.error}"}
+        reason = reasons.get(self.outcome or "", "length")
+        facts = EpisodeFacts(self.loss_mask, len(self.turns), self.tool_calls, self.tool_errors, self.reward)
         if not versions:
-            return Completion.of_version([], [], reason, version)
-        return Completion(self.token_ids, logprobs, reason, version_spans(versions))
-
-    def summary(self) -> dict[str, Any]:
-        """What a log says of it."""
-        model_tokens = sum(self.loss_mask)
-        return {
-            "outcome": self.outcome,
-            "turns": len(self.turns),
-            "model_tokens": model_tokens,
-            "environment_tokens": len(self.loss_mask) - model_tokens,
-            "format_errors": sum(bool(turn.errors) for turn in self.turns),
-        }
+            return replace(Completion.of_version([], [], reason, version), episode=facts)
+        return Completion(self.token_ids, logprobs, reason, version_spans(versions), routes, facts)

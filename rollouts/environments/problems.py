@@ -52,13 +52,9 @@ class ToolUse:
         self._tools = {tool.name: tool for tool in tools}
         self._describe = describe
         self._longest = longest_result
-        self.calls = 0
-        """Calls of this episode so far, and how many of them failed."""
-        self.failed_calls = 0
 
     def reset(self) -> list[Message]:
         """The problem, with the tools declared in its system message."""
-        self.calls = self.failed_calls = 0
         if not self._describe:
             return self._messages
         return with_tools(self._messages, [tool.schema() for tool in self._tools.values()])
@@ -68,24 +64,22 @@ class ToolUse:
         if not turn.calls_tools:
             return Observation()
         if turn.errors or not turn.tool_calls:
-            self.calls += 1
-            self.failed_calls += 1
             problems = "; ".join(map(str, turn.errors))
-            results = [f"Error: these tool calls cannot be read: {problems}"]
+            results = [(f"Error: these tool calls cannot be read: {problems}", False)]
         else:
             results = [self._result(call) for call in turn.tool_calls]
-        return Observation(tuple({"role": "tool", "content": self._cut(result)} for result in results))
+        messages = tuple({"role": "tool", "content": self._cut(text)} for text, _ in results)
+        return Observation(messages, tool_calls=len(results), tool_errors=sum(not good for _, good in results))
 
-    def _result(self, call: ToolCall) -> str:
-        self.calls += 1
+    def _result(self, call: ToolCall) -> tuple[str, bool]:
+        """The text for the model, and whether the call was carried out."""
         try:
             tool = self._tools.get(call.name)
             if tool is None:
                 raise ToolError(f"there is no tool {call.name!r}; there are {', '.join(self._tools)}")
-            return tool.run(call)
+            return tool.run(call), True
         except ToolError as error:
-            self.failed_calls += 1
-            return f"Error: {error}"
+            return f"Error: {error}", False
 
     def _cut(self, result: str) -> str:
         # What a tool returns may hold anything; half of a surrogate pair could not be written as tokens.

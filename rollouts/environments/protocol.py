@@ -16,6 +16,9 @@ class Observation:
     """Of roles tool (one for each call of the turn, in order) and user."""
     reward: float = 0.0
     """Added to the episode's; for what only the environment knows. Answers are judged by the domain's rewards."""
+    tool_calls: int = 0
+    """How many the turn had, and how many of them could not be read or carried out; for the metrics."""
+    tool_errors: int = 0
 
 
 class Environment(Protocol):

@@ -12,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from posttrain.data.v4 import ToolCall
 from posttrain.data.v4.messages import to_json
 from posttrain.errors import BadInput
+from posttrain.imports import import_object
+from rollouts.environments.calculator import calculator
 
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -135,6 +137,30 @@ def function_tool(function: Callable[..., Any]) -> Tool:
         properties[parameter.name] = schema
     parameters = {"type": "object", "properties": properties, "required": required}
     return Tool(name, summary, parameters, function)
+
+
+def named_tool(name: str, where: str) -> Tool:
+    """A tool as a recipe names it: `calculator`, or `package.module:name` of a function or of a `Tool`.
+
+    Args:
+        where: the recipe's key, for messages.
+
+    Raises:
+        BadInput: no such tool, or a function that cannot be one.
+    """
+    if name == "calculator":
+        return function_tool(calculator)
+    if ":" not in name:
+        raise BadInput(f"{where}: there is no tool {name!r}; there are calculator and package.module:function")
+    found = import_object(name, where)
+    if isinstance(found, Tool):
+        return found
+    if not callable(found):
+        raise BadInput(f"{where}: {name} is neither a function nor a Tool")
+    try:
+        return function_tool(found)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
 
 
 def _schema_of(hint: Any, where: str) -> dict[str, Any]:

@@ -25,6 +25,11 @@ class Sampling:
     """Return the experts that each token went to (`Completion.routes`); prompts are then read without the cache."""
 
 
+def sample_name(group_id: str, sample: int) -> str:
+    """The id of one sample of a group."""
+    return f"{group_id}#{sample}"
+
+
 @dataclass(frozen=True)
 class GroupRequest:
     """A prompt of which `sampling.n` completions are wanted.
@@ -46,7 +51,7 @@ class GroupRequest:
 
     def sample_id(self, sample: int) -> str:
         """The request of one sample."""
-        return f"{self.id}#{sample}"
+        return sample_name(self.id, sample)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The full version, with a hundred kills in one run, is `benchmarks/rollout_kills.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -185,6 +186,8 @@ def test_a_poisoned_request_is_given_up_and_no_other(service: Service) -> None:
     assert given_up.completions == [] and "ended 3 engines in a row" in str(given_up.failure)
     service.client.acknowledge(["poison"])
     assert service.client.service_stats().quarantined == 1
+    (written,) = map(json.loads, (service.log / "quarantine.jsonl").read_text().splitlines())
+    assert (written["id"], written["prompt_ids"], written["reason"]) == ("poison", POISON, given_up.failure)
 
 
 def test_workers_are_added_and_removed_during_a_run(service: Service) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
+from posttrain.models.deepseek_v4.layers import Gate
 from posttrain.optim import build_optimizer
 from posttrain.optim.build import is_muon_matrix, stacked_matrices
 from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage
@@ -18,6 +24,7 @@ from posttrain.trainers.models import load_model, load_tokenizer, save_checkpoin
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import train_sft
+from rollouts.types import Completion, FinishedGroup, GroupRequest
 from tests.test_trainers_grpo import share_of_target
 from tests.test_trainers_opd import LocalTeachers
 from tests.test_trainers_sft import row
@@ -77,6 +84,74 @@ def test_padded_batches_give_the_samplers_logprobs(model: DeepseekV4ForCausalLM)
     assert difference.tokens > 0
     assert difference.largest < 1e-5
     assert not torch.equal(start.lm_head.weight, client.model.lm_head.weight)  # the sampler follows the updates
+
+
+class Routed(LocalClient):
+    """Returns routes: those of the engine's model, or of other experts."""
+
+    def __init__(self, model: DeepseekV4ForCausalLM, shift: int = 0) -> None:
+        super().__init__(model)
+        self.shift = shift
+        self.routes: dict[tuple[int, ...], torch.Tensor] = {}
+        """By the tokens that they belong to."""
+
+    def answer(self, request: GroupRequest, completions: list[Completion]) -> FinishedGroup:
+        assert request.sampling.routes
+        return FinishedGroup(
+            request, [replace(one, routes=self._routes([*request.prompt_ids, *one.token_ids])) for one in completions]
+        )
+
+    def _routes(self, tokens: list[int]) -> np.ndarray:
+        with chosen_experts(self.model) as chosen, torch.no_grad():
+            self.model(torch.tensor([tokens[:-1]]))
+        routes_TLK = (torch.stack(chosen, 1) + self.shift) % self.model.config.n_routed_experts
+        self.routes[tuple(tokens)] = routes_TLK
+        return routes_TLK.numpy().astype(np.uint8)
+
+
+@contextmanager
+def chosen_experts(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What the routers return while the context is open, layer by layer: `[tokens, k]`."""
+    chosen: list[torch.Tensor] = []
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    hooks = [gate.register_forward_hook(lambda *call: chosen.append(call[2][0])) for gate in gates]
+    yield chosen
+    for hook in hooks:
+        hook.remove()
+
+
+def train_routed(model: DeepseekV4ForCausalLM, client: LocalClient, **options: Any) -> list[dict[str, float]]:
+    optimizer = OptimizerConfig(lr=5e-3)
+    config = GrpoStage(**{"kind": "grpo", "prompts_per_step": 4, "group_size": 2, "optimizer": optimizer} | options)
+    job, recorder = GrpoJob("expert/d/grpo", config, "", "", prompts("d", TEXTS), 6, share_of_target), Recorder()
+    progress = Progress(recorder, job.stage, config.steps, config.updates_per_batch)
+    train_grpo(model, tiny_tokenizer(), job, client, 1, progress)
+    return recorder.lines
+
+
+def test_under_keep_routing_the_trainer_uses_the_samplers_experts(model: DeepseekV4ForCausalLM) -> None:
+    """In every update on a batch, whose rows are shuffled; of the last token of an answer nothing is known."""
+    client, passes = Routed(copy.deepcopy(model), shift=1), []
+    hook = model.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments))
+    with chosen_experts(model) as chosen:
+        train_routed(model, client, steps=1, updates_per_batch=2, keep_routing=True)
+    hook.remove()
+    layers = [number for number, layer in enumerate(model.model.layers) if not layer.ffn.gate.hashed]
+    assert len(passes) == 2 and len(client.routes) == 8
+    for number, (ids_BS, mask_BS) in enumerate(passes):
+        each = len(model.model.layers)
+        used_TLK = torch.stack(chosen[number * each : (number + 1) * each], 1)
+        lengths = mask_BS.sum(dim=1).tolist()
+        for ids_S, mask_S, used in zip(ids_BS, mask_BS.bool(), used_TLK.split(lengths), strict=True):
+            assert torch.equal(used[:-1, layers], client.routes[tuple(ids_S[mask_S].tolist())][:, layers])
+
+
+def test_keeping_the_routing_that_the_model_would_choose_changes_no_bit(model: DeepseekV4ForCausalLM) -> None:
+    plain = copy.deepcopy(model)
+    lines = train_routed(model, Routed(copy.deepcopy(model)), steps=2, keep_routing=True)
+    expected = train_routed(plain, LocalClient(copy.deepcopy(plain)), steps=2)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
 
 
 def test_a_v4_teacher_equal_to_the_student_teaches_nothing(model: DeepseekV4ForCausalLM, tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ class DomainConfig(Section):
     holdout: int = Field(512, ge=1)
     """Problems for the reported accuracy; never trained on, never selected on."""
     max_new_tokens: int = Field(32, ge=1)
+    max_running: int | None = Field(None, ge=1)
+    """Answers of this domain that training has in the engines at once; default: as many as there is room for."""
     system: str | None = None
 
 
@@ -318,6 +320,8 @@ class GrpoStage(Section):
     off_policy_threshold: float | None = Field(None, gt=0)
     """V3.2, eq. 9: learn nothing from answers worse than their group's mean whose tokens became less likely by more
     than this many nats on average since they were sampled."""
+    keep_routing: bool = False
+    """V3.2's keep routing: the trainer sends every token to the experts that it went to in the engine."""
     importance: ImportanceConfig = ImportanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -438,6 +442,13 @@ class Recipe(Section):
                 "vLLM's own DeepSeek-V4 does not run on CPUs (vLLM 0.32: its kernels for metadata are written in "
                 "Triton, which has no CPU backend): use native, or give each worker a GPU (cluster.gpus_per_worker)",
             )
+        for key, stage in self._grpo_stages():
+            if stage.keep_routing and (self.model.family, self.rollout.engine) != ("deepseek_v4", "native"):
+                raise _wrong(
+                    f"stages.{key}.keep_routing",
+                    "only `rollout.engine: native` of `model.family: deepseek_v4` returns the experts that tokens "
+                    "went to; leave it out",
+                )
         if self.model.precision == "bf16" and self.rollout.dtype != "bfloat16":
             raise _wrong(
                 "rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree"

@@ -75,6 +75,7 @@ class Work:
         """
         known, checkpoint = self.run.stage(name), self.run.stage_checkpoint(name)
         if known.status in ("done", "dropped") and checkpoint is not None:
+            self._forget_samples(name, sampler)
             return checkpoint
         self.require_going_on()
         started = time.monotonic()
@@ -95,7 +96,14 @@ class Work:
             {"event": "stage_finished", "stage": name, "seconds": seconds, "steps": result.steps,
              "checkpoint": result.checkpoint}
         )  # fmt: skip
+        self._forget_samples(name, sampler)
         return Path(result.checkpoint)
+
+    @staticmethod
+    def _forget_samples(stage: str, sampler: RolloutClient | None) -> None:
+        """The stage's checkpoint has what was learned from its samples: it will not start again and ask for them."""
+        if sampler is not None:
+            sampler.forget_under(f"{stage}/")
 
     def _stopped(self, name: str, error: BaseException) -> None:
         """Note why a stage came to no end, as a failure or as an interruption (then raises `Stopped` in threads)."""
@@ -117,11 +125,15 @@ class Work:
         start = {stats.pid: stats for stats in before}
         tokens = sum(stats.tokens - (start[stats.pid].tokens if stats.pid in start else 0) for stats in after)
         busy = [stats.busy_seconds - (start[stats.pid].busy_seconds if stats.pid in start else 0) for stats in after]
-        seconds = max(busy, default=0.0)
+        seconds, whole = max(busy, default=0.0), result.sampling_seconds
+        idle = {
+            "trainer_idle": min(1.0, (result.waited_seconds or 0.0) / whole),
+            "generators_idle": max(0.0, 1 - sum(busy) / (whole * len(busy))),
+        } if whole and busy else {}  # fmt: skip
         self.run.append_event(
             {"event": "rollout_stats", "stage": result.stage, "max_abs_logprob_diff": result.max_abs_logprob_diff,
              "k3": result.k3, "weight_sync_seconds": result.weight_sync_seconds, "tokens": tokens, "seconds": seconds,
-             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy}
+             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy, **idle}
         )  # fmt: skip
 
 

@@ -227,6 +227,7 @@ def train_grpo(
         rollout=job.rollout,
         first_version=job.first_version,
         informs=column.judge,
+        keep_routing=config.keep_routing,
         spare_groups=config.dynamic_sampling * config.prompts_per_step,
     )
     column.groups = lambda: generation.groups

@@ -135,6 +135,12 @@ class Generation(Protocol):
     def loss_masks(self) -> list[list[int]] | None:
         """For each token of each sample of the batch 1 if something is learned from it; None when that is so of all."""
 
+    def routes(self, rows: Sequence[int] | None, mask_BS: Tensor) -> Tensor | None:
+        """Experts that the samples in these rows of the batch (None: in all) are to use again, -1 where there are none.
+
+        `mask_BS` is 1 on the tokens of prompts and answers; shape `[B, S, layers, k]`. None: the model's own choice.
+        """
+
     def sync_weights(self) -> None: ...
 
     def generate(
@@ -245,6 +251,7 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
         """TRL's on the rows that the generation draws, whatever the data loader has."""
         inputs = self.rollouts.draw()
+        self._kept_rows = None
         output = super()._generate_and_score_completions(inputs)
         output["row"] = torch.arange(len(inputs))  # TRL shuffles the rows afterwards
         self.batch_scored(output)
@@ -291,7 +298,12 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     ) -> tuple[Tensor, Tensor, None]:
         """Instead of TRL's for our own model: what its engine reports, to the last bit, without logits of a batch."""
         model = self.accelerator.unwrap_model(model)
-        hidden_BTH = model.model(input_ids, attention_mask).last_hidden_state[:, -logits_to_keep - 1 : -1]
+        routes = None
+        if model is self.accelerator.unwrap_model(self.model):  # a reference chooses for itself
+            rows = None if self._kept_rows is None else self._kept_rows.tolist()
+            routes = self.rollouts.routes(rows, attention_mask)
+        hidden_BSH = model.model(input_ids, attention_mask, routes=routes).last_hidden_state
+        hidden_BTH = hidden_BSH[:, -logits_to_keep - 1 : -1]
         real_BT = attention_mask[:, -logits_to_keep:].bool()
         targets_N = input_ids[:, -logits_to_keep:][real_BT]
         head_VH = model.get_output_embeddings().weight

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 COMPACT_SECONDS = 5.0
 """Between two looks for segments of the log that nobody needs."""
+MIN_AHEAD = 8
+"""Samples that wait in an engine at least: short answers end several at a step, and refilling takes some steps."""
 LOCK_SECONDS = 15.0
 """How long a service that was killed may take to let go of the log."""
 RESIZED = "workers"
@@ -135,7 +137,7 @@ class RolloutService:
         self._scheduler = Scheduler(
             Limits(
                 running=settings.engine.max_num_seqs,
-                ahead=max(2, settings.engine.max_num_seqs // 8),
+                ahead=max(MIN_AHEAD, settings.engine.max_num_seqs // 2),
                 deaths=settings.deaths,
                 domain_running=settings.domain_running,
             )

@@ -125,15 +125,16 @@ class Work:
         start = {stats.pid: stats for stats in before}
         tokens = sum(stats.tokens - (start[stats.pid].tokens if stats.pid in start else 0) for stats in after)
         busy = [stats.busy_seconds - (start[stats.pid].busy_seconds if stats.pid in start else 0) for stats in after]
+        idle = [stats.idle_seconds - (start[stats.pid].idle_seconds if stats.pid in start else 0) for stats in after]
         seconds, whole = max(busy, default=0.0), result.sampling_seconds
-        idle = {
+        shares = {
             "trainer_idle": min(1.0, (result.waited_seconds or 0.0) / whole),
-            "generators_idle": max(0.0, 1 - sum(busy) / (whole * len(busy))),
-        } if whole and busy else {}  # fmt: skip
+            "generators_idle": min(1.0, sum(idle) / (whole * len(idle))),
+        } if whole and idle else {}  # fmt: skip
         self.run.append_event(
             {"event": "rollout_stats", "stage": result.stage, "max_abs_logprob_diff": result.max_abs_logprob_diff,
              "k3": result.k3, "weight_sync_seconds": result.weight_sync_seconds, "tokens": tokens, "seconds": seconds,
-             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy, **idle}
+             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy, **shares}
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rollouts.log import format as log_format
 from rollouts.log.format import SegmentName
 from rollouts.log.reader import Attempt, RecoveredRequest, WriterState, open_segment
+from rollouts.masks import FIELD as MASKS
 from rollouts.routes import FIELD as ROUTES
 from rollouts.scheduler import Progress
 from rollouts.types import GroupRequest
@@ -53,7 +54,10 @@ def continued(before: Progress, attempt: Attempt) -> Progress:
         before.versions + attempt.versions,
         attempt.finished[1] if finished and attempt.finished else None,
         before.attempt,
-        before.routes + attempt.fields.get(ROUTES, [b""] * len(attempt.token_ids)),
+        *(
+            known + attempt.fields.get(name, [b""] * len(attempt.token_ids))
+            for name, known in ((ROUTES, before.routes), (MASKS, before.masks))
+        ),
     )
 
 
@@ -61,5 +65,6 @@ def recovered_progress(logged: RecoveredRequest, group: GroupRequest) -> Progres
     """What the log had of a sample; nothing if its id belonged to another prompt then."""
     if logged.prompt_ids != group.prompt_ids or logged.sampling != group.sampling:
         return Progress(attempt=logged.attempt)
-    routes = logged.fields.get(ROUTES, [b""] * len(logged.token_ids))
-    return Progress(logged.token_ids, logged.logprobs, logged.versions, logged.finish_reason, logged.attempt, routes)
+    routes, masks = (logged.fields.get(name, [b""] * len(logged.token_ids)) for name in (ROUTES, MASKS))
+    tokens = logged.token_ids, logged.logprobs, logged.versions
+    return Progress(*tokens, logged.finish_reason, logged.attempt, routes, masks)

@@ -25,6 +25,8 @@ import ray
 from posttrain.errors import RunFailed
 from rollouts.engine import Engine
 from rollouts.log.writer import LogFailed, LogWriter
+from rollouts.masks import FIELD as MASKS
+from rollouts.masks import masks_of_tokens
 from rollouts.routes import FIELD as ROUTES
 from rollouts.routes import routes_of_tokens
 from rollouts.settings import EngineInfo, EngineSettings
@@ -351,7 +353,7 @@ class EngineLoop:
         begin = time.monotonic()
         self._busy_since = self._busy_since or begin
         steps = self.engine.step()
-        self._log.append(steps, {new.id: {ROUTES: routes_of_tokens(new)} for new in steps if new.routes})
+        self._log.append(steps, {new.id: fields for new in steps if (fields := fields_of(new))})
         self._steps += 1
         for new in steps:
             self._parts.setdefault(new.id, []).append(new)
@@ -377,6 +379,12 @@ class EngineLoop:
             except queue.Empty:
                 return
             future.set_exception(RunFailed(f"the engine has failed: {failure.splitlines()[-1]}"))
+
+
+def fields_of(new: NewTokens) -> dict[str, list[bytes]]:
+    """What the log keeps of tokens beside the tokens."""
+    routes = {ROUTES: routes_of_tokens(new)} if new.routes else {}
+    return routes | ({MASKS: masks_of_tokens(new)} if new.mask else {})
 
 
 def _answer(function: Callable[[], Any], future: Future[Any]) -> None:

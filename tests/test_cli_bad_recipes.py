@@ -114,6 +114,7 @@ WRONG_VALUES: list[Case] = [
     ({"model": {"family": "hf", "config": {"hidden_size": 8}}}, "model.config.model_type", ["required"]),
     ({"model": {"family": "hf", "config": {"model_type": "qwen3"}}}, "rollout.engine", ["must be vllm"]),
     ({"model.checkpoint": "somewhere"}, "model", ["exactly one of"]),
+    ({"stages.experts.per_domain[1].top_p": 0}, "stages.experts.per_domain[1].top_p", ["more than 0"]),
     ({"domains.sums.max_running": 0}, "domains.sums.max_running", ["at least 1"]),
     (
         {"stages.experts.per_domain[1].keep_routing": True, "rollout.engine": "vllm", "cluster.gpus_per_worker": 1},

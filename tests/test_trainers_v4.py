@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +20,17 @@ from posttrain.optim.build import is_muon_matrix, stacked_matrices
 from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob, OpdJob
+from posttrain.trainers.masked import masked_logprob
 from posttrain.trainers.models import load_model, load_tokenizer, save_checkpoint
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import train_sft
+from rollouts.masks import encode_kept
 from rollouts.types import Completion, FinishedGroup, GroupRequest
 from tests.test_trainers_grpo import share_of_target
 from tests.test_trainers_opd import LocalTeachers
 from tests.test_trainers_sft import row
-from tests.trainers_kit import EOS, PAD, VOCABULARY, LocalClient, Recorder, prompts, tiny_tokenizer
+from tests.trainers_kit import EOS, PAD, VOCABULARY, LocalClient, Recorder, Running, prompts, tiny_tokenizer
 
 TEXTS = ["a?", "hello world", "what is 12 + 30?", "b"]
 
@@ -152,6 +154,55 @@ def test_keeping_the_routing_that_the_model_would_choose_changes_no_bit(model: D
     expected = train_routed(plain, LocalClient(copy.deepcopy(plain)), steps=2)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+
+
+class Nucleus(LocalClient):
+    """Samples under top-p, and says which tokens that left."""
+
+    def __init__(self, model: DeepseekV4ForCausalLM) -> None:
+        super().__init__(model)
+        self.kept: dict[tuple[str, int], list[bytes]] = {}
+
+    def _next_logits(self, samples: Sequence[Running]) -> torch.Tensor:
+        logits_BV = super()._next_logits(samples)
+        for logits_V, sample in zip(logits_BV, samples, strict=True):
+            assert sample.request.sampling.masks
+            order = logits_V.argsort(descending=True)
+            mass = logits_V[order].softmax(-1).cumsum(-1)
+            logits_V[order[1:][mass[:-1] > sample.request.sampling.top_p]] = -torch.inf
+            kept = encode_kept((logits_V > -torch.inf).numpy())
+            self.kept.setdefault((sample.request.id, sample.number), []).append(kept)
+        return logits_BV
+
+    def answer(self, request: GroupRequest, completions: list[Completion]) -> FinishedGroup:
+        masked = [replace(one, masks=tuple(self.kept[request.id, at])) for at, one in enumerate(completions)]
+        return FinishedGroup(request, masked)
+
+
+def test_under_top_p_the_trainer_compares_probabilities_of_the_same_tokens(model: DeepseekV4ForCausalLM) -> None:
+    """In every update on a batch: a row's mask with another row's tokens would make an infinite loss."""
+    lines = train_routed(model, Nucleus(copy.deepcopy(model)), steps=2, updates_per_batch=3, top_p=0.5, beta=0.01)
+    assert max(line["logprob_diff_max"] for line in lines) < 1e-5
+    assert all(0 < line["entropy"] < 3 for line in lines)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_masked_logprobs_have_the_gradient_of_a_softmax_over_what_is_kept(temperature: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(1000, 8, requires_grad=True)
+    head, tokens = torch.randn(11, 8, requires_grad=True), torch.randint(0, 11, (1000,))
+    kept = torch.rand(1000, 11) < 0.5
+    kept[range(1000), tokens] = True
+    masks, slope = [encode_kept(row) for row in kept.numpy()], torch.randn(1000)
+    logits = (hidden @ head.T / temperature).masked_fill(~kept, -torch.inf)
+    expected = torch.distributions.Categorical(logits=logits)
+    found = masked_logprob(hidden, head, tokens, temperature, masks)
+    torch.testing.assert_close(found[0], expected.log_prob(tokens), atol=1e-5, rtol=0)
+    by_hand = torch.stack([-(p[p > 0] * p[p > 0].log()).sum() for p in expected.probs.detach()])
+    torch.testing.assert_close(found[1], by_hand, atol=1e-5, rtol=0)
+    ours = torch.autograd.grad((found[0] * slope).sum(), (hidden, head))
+    theirs = torch.autograd.grad((torch.log_softmax(logits, -1)[range(1000), tokens] * slope).sum(), (hidden, head))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_v4_teacher_equal_to_the_student_teaches_nothing(model: DeepseekV4ForCausalLM, tmp_path: Path) -> None:

@@ -293,6 +293,9 @@ class GrpoStage(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimiser steps on each generated batch (more than 1 is off-policy)."""
     temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest tokens alone that have this probability together. The trainer's probabilities are then
+    over the same tokens (V3.2's keep sampling mask)."""
     dynamic_sampling: int = Field(0, ge=0)
     """DAPO's: groups whose answers all have the same reward are replaced by further prompts, at most this many times
     `prompts_per_step` in a step; 0: they stay, and teach nothing."""
@@ -448,6 +451,10 @@ class Recipe(Section):
                     f"stages.{key}.keep_routing",
                     "only `rollout.engine: native` of `model.family: deepseek_v4` returns the experts that tokens "
                     "went to; leave it out",
+                )
+            if stage.top_p < 1 and self.model.family == "hf":
+                raise _wrong(
+                    f"stages.{key}.top_p", "must be 1 for family hf: its trainer looks at the whole vocabulary"
                 )
         if self.model.precision == "bf16" and self.rollout.dtype != "bfloat16":
             raise _wrong(

@@ -119,6 +119,8 @@ class RolloutGeneration:
     """Judges finished groups: whether anything can be learned from each. Without it that is so of all."""
     keep_routing: bool = False
     """Have the engines return the experts that tokens went to, for the trainer to use the same."""
+    top_p: float = 1.0
+    """Below 1 the engines return which tokens it left to be drawn, for the trainer to compare the same."""
     spare_groups: int = 0
     """How many groups of which nothing can be learned are replaced in each step."""
     steps_done: int = 0
@@ -205,6 +207,14 @@ class RolloutGeneration:
             routes_BSLK[row, first : first + len(routes_TLK)] = routes_TLK
         return routes_BSLK.to(mask_BS.device)
 
+    def masks(self, rows: Sequence[int] | None) -> list[bytes] | None:
+        """What could have been drawn at each token of samples of the latest batch; see `trl_seam.Generation`."""
+        if self.top_p == 1:
+            return None
+        samples = self.samples
+        chosen = samples if rows is None else [samples[row] for row in rows]
+        return [mask for one in chosen for mask in one.masks or [b""] * len(one.token_ids)]
+
     def finish(self) -> None:
         """The stage is over: nothing that was asked for is needed any more."""
         self._done_with_batch()
@@ -260,6 +270,8 @@ class RolloutGeneration:
                 n=self.group_size,
                 seed=derive_seed(self.seed, "batch", batch),
                 routes=self.keep_routing,
+                top_p=self.top_p,
+                masks=self.top_p < 1,
             )
             name, tokens = f"{self.stage}/{batch}/{row}", list(ask.prompt.token_ids)
             request = GroupRequest(name, tokens, sampling, index=row, domain=ask.prompt.domain)

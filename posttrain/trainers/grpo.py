@@ -228,6 +228,7 @@ def train_grpo(
         first_version=job.first_version,
         informs=column.judge,
         keep_routing=config.keep_routing,
+        top_p=config.top_p,
         spare_groups=config.dynamic_sampling * config.prompts_per_step,
     )
     column.groups = lambda: generation.groups

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -82,15 +83,15 @@ class Work:
         self.run.start_stage(name)
         self.run.append_event({"event": "stage_started", "stage": name, "steps": steps})
         try:
-            before = sampler.stats() if sampler else []
+            before, asked = sampler.stats() if sampler else [], time.monotonic()
             result: StageResult = wait(do(str(self.run.checkpoint_path(name))), self.run.log_path)
-            after = sampler.stats() if sampler else []
+            after, elapsed = sampler.stats() if sampler else [], time.monotonic() - asked
         except BaseException as error:
             self._stopped(name, error)
             raise
         seconds = time.monotonic() - started
         if result.waited_seconds is not None:
-            self._record_rollouts(result, before, after)
+            self._record_rollouts(result, before, after, elapsed)
         self.run.finish_stage(name, result.checkpoint, seconds, result.metrics)
         self.run.append_event(
             {"event": "stage_finished", "stage": name, "seconds": seconds, "steps": result.steps,
@@ -117,8 +118,10 @@ class Work:
             self.run.fail_stage(name, text)
             self.run.append_event({"event": "stage_failed", "stage": name, "error": text})
 
-    def _record_rollouts(self, result: StageResult, before: list[WorkerStats], after: list[WorkerStats]) -> None:
-        """Note a stage's sampling: by its result, and by each worker's totals before and after.
+    def _record_rollouts(
+        self, result: StageResult, before: list[WorkerStats], after: list[WorkerStats], elapsed: float
+    ) -> None:
+        """Note a stage's sampling: by its result, and by each worker's totals before and after, `elapsed` seconds apart.
 
         A worker that was replaced meanwhile counts from its start.
         """
@@ -129,7 +132,8 @@ class Work:
         seconds, whole = max(busy, default=0.0), result.sampling_seconds
         shares = {
             "trainer_idle": min(1.0, (result.waited_seconds or 0.0) / whole),
-            "generators_idle": min(1.0, sum(idle) / (whole * len(idle))),
+            # While the trainer starts and ends, nobody asks for anything: that is no waiting.
+            "generators_idle": min(1.0, max(0.0, (fmean(idle) - (elapsed - whole)) / whole)),
         } if whole and idle else {}  # fmt: skip
         self.run.append_event(
             {"event": "rollout_stats", "stage": result.stage, "max_abs_logprob_diff": result.max_abs_logprob_diff,

@@ -121,7 +121,7 @@ class Work:
     def _record_rollouts(
         self, result: StageResult, before: list[WorkerStats], after: list[WorkerStats], elapsed: float
     ) -> None:
-        """Note a stage's sampling: by its result, and by each worker's totals before and after, `elapsed` seconds apart.
+        """Note a stage's sampling: by its result, and by each worker's totals before and after (`elapsed` seconds).
 
         A worker that was replaced meanwhile counts from its start.
         """

@@ -2,7 +2,7 @@
 
 One warm base model, then the same stage in each mode in turn, on the same processes: a trainer and the rollout workers
 of a recipe. Who idles is taken from the first step to the last: the trainer while it waits for samples, the generators
-while their engines have nothing to do. Writes async_training.json.
+while they wait for something to do. Writes async_training.json.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from posttrain.stages.sft import run_sft
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import GrpoJob
 from rollouts.pool import RolloutClient
+from rollouts.worker import WorkerStats
 
 MODES: dict[str, dict[str, Any]] = {
     "sync": {},
@@ -50,12 +51,11 @@ POLL_SECONDS = 0.1
 
 @dataclass
 class Watch:
-    """The generators' busy seconds over time, while a stage runs."""
+    """The generators' totals over time, while a stage runs."""
 
     client: RolloutClient
-    times: list[float] = field(default_factory=list)
-    busy: list[float] = field(default_factory=list)
-    """Of all workers together."""
+    readings: list[tuple[float, list[WorkerStats]]] = field(default_factory=list)
+    """Unix seconds, and what each worker said."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -71,15 +71,23 @@ class Watch:
 
     def _poll(self, over: threading.Event) -> None:
         while not over.wait(POLL_SECONDS):
-            stats = self.client.stats()
-            self.times.append(time.time())
-            self.busy.append(sum(one.busy_seconds for one in stats))
+            self.readings.append((time.time(), self.client.stats()))
 
-    def share(self, begin: float, end: float, workers: int) -> float:
-        """Share of the time from `begin` to `end` (unix seconds) that a worker was busy."""
-        inside = [(at, busy) for at, busy in zip(self.times, self.busy, strict=True) if begin <= at <= end]
-        (first, busy_before), (last, busy_after) = inside[0], inside[-1]
-        return (busy_after - busy_before) / ((last - first) * workers)
+    def found(self, begin: float, end: float, batch: int) -> dict[str, float]:
+        """Between two moments (unix seconds): the share of time in which a generator had something to do, the share
+        in which its engine made a step, and how much of its batch, `batch` samples, a step filled."""
+        inside = [reading for reading in self.readings if begin <= reading[0] <= end]
+        (first, before), (last, after) = inside[0], inside[-1]
+
+        def grown(name: str) -> float:
+            return sum(getattr(one, name) for one in after) - sum(getattr(one, name) for one in before)
+
+        seconds = (last - first) * len(after)
+        return {
+            "generators_busy": 1 - grown("idle_seconds") / seconds,
+            "generators_stepping": grown("busy_seconds") / seconds,
+            "batch_filled": grown("tokens") / (grown("steps") * batch),
+        }
 
 
 def main() -> None:
@@ -167,7 +175,7 @@ def measure(work: Work, arguments: argparse.Namespace, base: Path, mode: str, se
     return {
         "seconds": end - begin,
         "trainer_waits": waited / (end - begin),
-        "generators_busy": watch.share(begin, end, arguments.workers),
+        **watch.found(begin, end, arguments.running),
         "tokens": result.tokens,
         "off_policy": result.off_policy,
         "largest_difference": result.max_abs_logprob_diff,
@@ -196,17 +204,21 @@ def show(results: dict[str, Any]) -> None:
         f"{next(iter(by_mode))} / this",
         "trainer waits",
         "generators busy",
+        "stepping",
+        "batch filled",
         "mean age",
         "after",
     ]
     print(f"| {' | '.join(columns)} |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"|{' --- |' * len(columns)}")
     for mode, runs in by_mode.items():
         cells = [
             spread([run["seconds"] for run in runs], "{:.1f}"),
             spread([first[run["seed"]] / run["seconds"] for run in runs], "{:.2f}"),
             spread([100 * run["trainer_waits"] for run in runs], "{:.0f} %"),
             spread([100 * run["generators_busy"] for run in runs], "{:.0f} %"),
+            spread([100 * run["generators_stepping"] for run in runs], "{:.0f} %"),
+            spread([100 * run["batch_filled"] for run in runs], "{:.0f} %"),
             spread([run["off_policy"]["staleness_mean"] for run in runs], "{:.2f}"),
             spread([100 * run["accuracy"] for run in runs], "{:.1f} %"),
         ]

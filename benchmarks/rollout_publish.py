@@ -1,8 +1,9 @@
 """`python -m benchmarks.rollout_publish [--quick]`: what it takes to bring weights from a trainer into engines.
 
 Two engines in Ray actors, as the rollout service has them. Every time includes all checksums: the sender's, the
-store's, the engine's on arrival, and those of everything that stands in the engine afterwards. Last, what sending only
-the changed bytes of bf16 weights would take and save.
+store's, the engine's on arrival, and those of everything that stands in the engine afterwards. Then each part of an
+update of larger weights by itself: what another way of transport could save. Last, what sending only the changed bytes
+of bf16 weights would take and save.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from posttrain.files import atomic_write
 from rollouts.settings import EngineSettings, engine_environment
 
 ENGINES = 2
+PART_BYTES = 64 << 20
 LEARNING_RATES = (1e-6, 1e-5, 1e-4)
 
 
@@ -55,7 +57,13 @@ def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         repeats = 3 if arguments.quick else 20
-        results = {"engines": ENGINES, "repeats": repeats, **publishing(repeats), "bytes": changed_bytes(repeats)}
+        results = {
+            "engines": ENGINES,
+            "repeats": repeats,
+            **publishing(repeats),
+            "parts": parts(repeats),
+            "bytes": changed_bytes(repeats),
+        }
     finally:
         ray.shutdown()
     atomic_write(arguments.output / "publish.json", json.dumps(results, indent=2) + "\n")
@@ -122,6 +130,29 @@ def one_update(store: Any, weights: Mapping[str, Any], version: int, hosts: list
     return {"pack": after_pack - begin, "put": after_put - after_pack, "engine": max(held), "total": end - begin}
 
 
+def parts(repeats: int) -> dict[str, Any]:
+    """One tensor of `PART_BYTES`: its checksum, its way into the object store, out of it, and into an engine."""
+    import numpy as np
+    import ray
+    import torch
+
+    from rollouts.weights import PackedTensor
+
+    torch.set_num_threads(1)
+    packed = PackedTensor.of(np.random.default_rng(0).standard_normal(PART_BYTES // 4, dtype=np.float32))
+    stored, engine = ray.put(packed), torch.empty(PART_BYTES // 4)
+    times = take_turns(
+        {
+            "checksum": packed.checksum,
+            "into the store": lambda: ray.put(packed),
+            "out of the store": lambda: ray.get(stored),
+            "into the engine": lambda: engine.copy_(packed.tensor()),
+        },
+        repeats,
+    )
+    return {"bytes": PART_BYTES, **{key: Spread.of(value).as_dict() for key, value in times.items()}}
+
+
 def changed_bytes(repeats: int) -> list[dict[str, Any]]:
     """bf16 copies of fp32 masters before and after an AdamW step: how much changes, and what a patch would take.
 
@@ -166,6 +197,9 @@ def show(results: dict[str, Any]) -> None:
     for name, parts in results["updates"].items():
         print(f"  {name:36}", *(f"{key} {_ms(spread)}" for key, spread in parts.items()), sep="  ")
     print(f"  {'audit of one engine':36}  {_ms(results['audit'])}")
+    print(f"parts of an update of {results['parts'].pop('bytes') >> 20} MiB:")
+    for name, spread in results["parts"].items():
+        print(f"  {name:36}  {_ms(spread)}")
     print(
         "bf16 weights after a step of AdamW: share that changed, patch / whole bytes;",
         "ms to make and apply a patch, to copy all",

@@ -227,4 +227,5 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
     kind = engine_kind(recipe.model.family, recipe.rollout)
     engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads, recipe.model.kernels)
     log = run_directory / "rollouts" if run_directory is not None else None
-    cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker, log)
+    caps = {name: domain.max_running for name, domain in recipe.domains.items() if domain.max_running is not None}
+    cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker, log, domain_running=caps)

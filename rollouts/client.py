@@ -157,9 +157,18 @@ class RolloutClient:
                 break
         return list(taken.values()) if ids is None else [taken[group_id] for group_id in ids if group_id in taken]
 
+    def consume(self, ids: Sequence[str]) -> None:
+        """These groups were learned from. Until `forget_under` the log keeps them for the next driver, should this one
+        die: it will be given the same answers."""
+        self._call("consume", list(ids))
+
     def acknowledge(self, ids: Sequence[str]) -> None:
         """These groups were consumed for good: the log may forget them."""
         self.cancel(ids)
+
+    def forget_under(self, prefix: str) -> None:
+        """`acknowledge` of all groups of the run whose ids begin so; none of them must be waited for by now."""
+        self._call("forget_under", prefix)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Nobody wants these groups: they are not sampled any further, not collected, and the log may forget them."""

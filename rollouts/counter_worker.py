@@ -16,6 +16,7 @@ vLLM's own option `worker_cls` puts `CounterWorker` in place, on CPUs and GPUs a
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,11 +37,13 @@ class CounterSampler(TopKTopPSampler):
 
     Attributes:
         keys_B: The keys of the rows of the coming call; None in vLLM's own trial runs, which have no requests.
+        watch: Is shown the logits after top-k and top-p.
     """
 
     def __init__(self, logprobs_mode: Any) -> None:
         super().__init__(logprobs_mode)
         self.keys_B: torch.Tensor | None = None
+        self.watch: Callable[[torch.Tensor], None] | None = None
         # The parent stores its choice of a method on the instance, which would hide ours.
         self.forward = self._forward
 
@@ -54,6 +57,8 @@ class CounterSampler(TopKTopPSampler):
         if self.keys_B is None:
             return self.forward_native(logits_BV, generators, k, p)
         logits_BV = apply_top_k_top_p(logits_BV, k, p)
+        if self.watch is not None and (k is not None or p is not None):
+            self.watch(logits_BV)
         reported = None
         if self.logprobs_mode == "processed_logits":
             reported = logits_BV

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import BadInput, RunFailed
+from rollouts.masks import KEY as MASK_KEY
+from rollouts.masks import MaskCapture, joined_masks, masks_of_tokens
 from rollouts.routes import KEY as ROUTES_KEY
 from rollouts.routes import joined_routes
 from rollouts.settings import EngineInfo, EngineSettings, check_prompts, read_eos_token_ids, request_problem
@@ -63,6 +65,7 @@ class Engine:
         self._eos_token_ids = read_eos_token_ids(settings.description)
         self._samples: dict[str, SampleRequest] = {}
         self._routes: RouteCapture | None = None
+        self._masks: MaskCapture | None = None
         # vLLM collects garbage again and again while it starts, through all that was imported (1.3 s).
         gc.freeze()
         self._llm = LLM(**_engine_arguments(settings))
@@ -135,6 +138,9 @@ class Engine:
         """
         if request.sampling.routes:
             self._watch_routes()
+        if request.sampling.masks and self._masks is None:
+            runner = self._runner
+            self._masks = runner.sampler.topk_topp_sampler.watch = MaskCapture(runner)
         if problem := request_problem(request.prompt_ids, request.sampling, self.info):
             raise BadInput(f"the prompt of request {request.id} {problem}")
         # A copy: it grows with every step.
@@ -149,6 +155,8 @@ class Engine:
         self._llm.llm_engine.abort_request(known)
         if self._routes is not None:
             self._routes.forget(known)
+        if self._masks is not None:
+            self._masks.forget(known)
 
     @property
     def busy(self) -> bool:
@@ -167,6 +175,8 @@ class Engine:
             self._samples[new.id].token_ids.extend(new.token_ids)
             if self._routes is not None:
                 new.routes = self._routes.take(new.id)
+            if self._masks is not None:
+                new.mask = self._masks.take(new.id)
             if new.finish_reason is not None:
                 del self._samples[new.id]
                 if self._routes is not None:
@@ -243,6 +253,11 @@ class Engine:
             raise RunFailed("the engine has no weights: publish some before asking it to generate or score")
         return self.version
 
+    @property
+    def _runner(self) -> Any:
+        """vLLM's model runner: the engine is in this process."""
+        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
     def _watch_routes(self) -> None:
         from rollouts.routes import RouteCapture
 
@@ -252,7 +267,7 @@ class Engine:
                 "its second model runner, which samples by random numbers that depend on the batch"
             )
         if self._routes is None:
-            runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            runner = self._runner
             self._routes = self._llm.apply_model(lambda model: RouteCapture(model, runner))[0]
 
     def _enter(self, sample: SampleRequest) -> None:
@@ -274,7 +289,10 @@ class Engine:
             skip_clone=True,
             # What comes out of the prefix cache passes no router.
             skip_reading_prefix_cache=sampling.routes,
-            extra_args={ROUTES_KEY: sample.id} if sampling.routes else None,
+            extra_args={
+                key: sample.id for key, asked in ((ROUTES_KEY, sampling.routes), (MASK_KEY, sampling.masks)) if asked
+            }
+            or None,
         )
         prompt = TokensPrompt(prompt_token_ids=[*sample.prompt_ids, *sample.token_ids])
         self._llm.llm_engine.add_request(sample.id, prompt, params)
@@ -345,7 +363,8 @@ def _joined(steps: list[NewTokens], prompt_tokens: int, version: int) -> Complet
     token_ids = [token for step in steps for token in step.token_ids]
     logprobs = [value for step in steps for value in step.logprobs]
     completion = Completion.of_version(token_ids, logprobs, str(steps[-1].finish_reason), version)
-    return replace(completion, routes=joined_routes([step.routes for step in steps], prompt_tokens))
+    masks = joined_masks([mask for step in steps for mask in masks_of_tokens(step)])
+    return replace(completion, routes=joined_routes([step.routes for step in steps], prompt_tokens), masks=masks)
 
 
 def _scores(output: RequestOutput, prompt: list[int], completion: list[int]) -> list[float]:

@@ -25,6 +25,7 @@ from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
 from posttrain.files import atomic_write
 from rollouts.log.format import next_incarnation
+from rollouts.log.writer import LogFailed
 from rollouts.scheduler import Lane, in_lane
 from rollouts.settings import EngineInfo, EngineSettings, engine_environment
 from rollouts.types import SampleRequest
@@ -250,7 +251,8 @@ class Fleet:
                     self.stats.recovery_seconds = [*self.stats.recovery_seconds[-99:], time.monotonic() - lost_at]
                 await self._serve(slot)
             except Exception as error:
-                if isinstance(cause := own_error(error), BadInput):
+                # No other worker would be better off: no sample must be blamed for it, and given up.
+                if isinstance(cause := own_error(error), BadInput | LogFailed):
                     self._owner.failed(cause)
                     return
                 lost_at = time.monotonic()

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rollouts.log import format as log_format
+from rollouts.log.format import SegmentName
 from rollouts.log.reader import Attempt, RecoveredRequest, WriterState, open_segment
+from rollouts.masks import FIELD as MASKS
 from rollouts.routes import FIELD as ROUTES
 from rollouts.scheduler import Progress
 from rollouts.types import GroupRequest
 
 
-def read_attempts(directory: Path, writer: tuple[str, int]) -> dict[str, Attempt]:
-    """What one incarnation of a worker logged, by sample; the latest attempt of each."""
+def read_attempts(directory: Path, writer: tuple[str, int], wanted: Collection[str]) -> dict[str, Attempt]:
+    """What one incarnation of a worker logged of the samples that it had when it ended; the latest attempt of each.
+
+    A sample's records all lie behind the one that opened it, so that older segments need not be read.
+    """
     state = WriterState(writer)
-    found: dict[str, Attempt] = {}
-    for name in log_format.segments(directory):
-        segment = open_segment(directory, name) if name.writer == writer else None
+    names = [name for name in log_format.segments(directory) if name.writer == writer]
+    for name in names[_first_segment(directory, names, set(wanted)) :]:
+        segment = open_segment(directory, name)
         if segment is not None:
             state.begin_segment()
             for record in segment:
                 state.take(record)
-    for attempt in state.attempts.values():
-        found[attempt.opened.id] = attempt
-    return found
+    return {attempt.opened.id: attempt for attempt in state.attempts.values() if attempt.opened.id in wanted}
+
+
+def _first_segment(directory: Path, names: Sequence[SegmentName], missing: set[str]) -> int:
+    """Where the first of these samples was opened; 0 if one of them is nowhere."""
+    for number in reversed(range(len(names))):
+        for record in open_segment(directory, names[number]) or ():
+            if record.kind == log_format.OPENED:
+                missing.discard(log_format.decode_opened(record.payload).id)
+        if not missing:
+            return number
+    return 0
 
 
 def continued(before: Progress, attempt: Attempt) -> Progress:
@@ -39,7 +54,10 @@ def continued(before: Progress, attempt: Attempt) -> Progress:
         before.versions + attempt.versions,
         attempt.finished[1] if finished and attempt.finished else None,
         before.attempt,
-        before.routes + attempt.fields.get(ROUTES, [b""] * len(attempt.token_ids)),
+        *(
+            known + attempt.fields.get(name, [b""] * len(attempt.token_ids))
+            for name, known in ((ROUTES, before.routes), (MASKS, before.masks))
+        ),
     )
 
 
@@ -47,5 +65,6 @@ def recovered_progress(logged: RecoveredRequest, group: GroupRequest) -> Progres
     """What the log had of a sample; nothing if its id belonged to another prompt then."""
     if logged.prompt_ids != group.prompt_ids or logged.sampling != group.sampling:
         return Progress(attempt=logged.attempt)
-    routes = logged.fields.get(ROUTES, [b""] * len(logged.token_ids))
-    return Progress(logged.token_ids, logged.logprobs, logged.versions, logged.finish_reason, logged.attempt, routes)
+    routes, masks = (logged.fields.get(name, [b""] * len(logged.token_ids)) for name in (ROUTES, MASKS))
+    tokens = logged.token_ids, logged.logprobs, logged.versions
+    return Progress(*tokens, logged.finish_reason, logged.attempt, routes, masks)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rollouts.engine import request_seed
+from rollouts.masks import joined_masks, masks_of_tokens
 from rollouts.routes import joined_routes, routes_of_tokens
 from rollouts.types import Completion, FinishedGroup, GroupRequest, NewTokens, SampleRequest, version_spans
 
@@ -61,6 +62,8 @@ class Progress:
     """The latest; -1: it was never placed."""
     routes: list[bytes] = field(default_factory=list)
     """Of each token, for `rollouts.routes.joined_routes`."""
+    masks: list[bytes] = field(default_factory=list)
+    """Of each token."""
 
     def extend(self, steps: Iterable[NewTokens]) -> None:
         """Take in what an engine sampled after what is here. Raises ValueError when something is missing between."""
@@ -71,13 +74,15 @@ class Progress:
             self.logprobs += new.logprobs
             self.versions += [new.version] * len(new.token_ids)
             self.routes += routes_of_tokens(new)
+            self.masks += masks_of_tokens(new)
             self.finish_reason = new.finish_reason
 
     def completion(self, prompt_tokens: int) -> Completion:
         """Of a sample that has ended, after a prompt of this length."""
         assert self.finish_reason is not None
         routes = joined_routes(self.routes, prompt_tokens)
-        return Completion(self.token_ids, self.logprobs, self.finish_reason, version_spans(self.versions), routes)
+        spans, masks = version_spans(self.versions), joined_masks(self.masks)
+        return Completion(self.token_ids, self.logprobs, self.finish_reason, spans, routes, masks=masks)
 
 
 @dataclass(eq=False)

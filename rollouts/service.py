@@ -14,10 +14,12 @@ ids gets what was finished, and the rest goes on where it was.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,7 @@ from rollouts.log.reader import Recovered, RecoveredRequest, recover
 from rollouts.recovery import continued, read_attempts, recovered_progress
 from rollouts.scheduler import Ended, Lane, Limits, Progress, Scheduler
 from rollouts.settings import EngineInfo, EngineSettings
-from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest
+from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest, sample_name
 from rollouts.weights import WeightUpdate
 from rollouts.worker import Report, WorkerStats
 
@@ -42,12 +44,16 @@ if TYPE_CHECKING:
 
 COMPACT_SECONDS = 5.0
 """Between two looks for segments of the log that nobody needs."""
+MIN_AHEAD = 8
+"""Samples that wait in an engine at least: short answers end several at a step, and refilling takes some steps."""
 LOCK_SECONDS = 15.0
 """How long a service that was killed may take to let go of the log."""
 RESIZED = "workers"
 """A file that says how many workers `resize` asked for, should the service be started anew."""
 PUBLISHER_SECONDS = 60.0
 """After a restart, how long to wait for the client that has the weights; until then others may not be served."""
+QUARANTINE = "quarantine.jsonl"
+"""Beside the log: the requests that were given up."""
 
 Judge = Callable[[GroupRequest, Completion], float]
 """A verdict on a completion, such as its reward."""
@@ -129,7 +135,7 @@ class RolloutService:
         self._scheduler = Scheduler(
             Limits(
                 running=settings.engine.max_num_seqs,
-                ahead=max(2, settings.engine.max_num_seqs // 8),
+                ahead=max(MIN_AHEAD, settings.engine.max_num_seqs // 2),
                 deaths=settings.deaths,
                 domain_running=settings.domain_running,
             )
@@ -139,6 +145,8 @@ class RolloutService:
         self._fleet: Fleet
         self._logged: dict[str, dict[str, RecoveredRequest]] = defaultdict(dict)
         """Group → sample → what the log had when the service started, until somebody asks for the group."""
+        self._consumed: dict[str, tuple[int, int]] = {}
+        """Groups whose answers are in the log alone: their samples, and the latest attempt of any."""
         self._keeping = asyncio.Lock()
         self._weights: LaneWeights
         self._admitting: dict[Lane, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -220,6 +228,19 @@ class RolloutService:
             groups.append(entry.ended.group)
         return groups
 
+    async def consume(self, ids: Sequence[str]) -> None:
+        """Finished groups that were learned from: from now on they are in the log alone, until they are forgotten."""
+        for group_id in ids:
+            entry = self._entries.get(group_id)
+            if entry is not None and entry.ended is not None:
+                del self._entries[group_id]
+                self._consumed[group_id] = entry.request.sampling.n, max(entry.ended.attempts.values(), default=-1)
+
+    async def forget_under(self, prefix: str) -> None:
+        """`forget` of all groups whose ids begin so, also of those that the log has from before a restart."""
+        known = [*self._entries, *self._logged, *self._consumed, *self._arriving]
+        await self.forget([group_id for group_id in dict.fromkeys(known) if group_id.startswith(prefix)])
+
     async def forget(self, ids: Sequence[str]) -> None:
         """Groups that nobody wants any more, consumed or cancelled: what is being sampled of them is stopped."""
         self._arriving -= set(ids)
@@ -232,6 +253,8 @@ class RolloutService:
                 attempts |= entry.ended.attempts
             for sample_id, logged in self._logged.pop(group_id, {}).items():
                 attempts.setdefault(sample_id, logged.attempt)
+            count, attempt = self._consumed.pop(group_id, (0, -1))
+            attempts |= {sample_name(group_id, number): attempt for number in range(count)}
         self._pump()
         await self._acknowledge(attempts)
 
@@ -340,9 +363,9 @@ class RolloutService:
 
     async def worker_down(self, worker: int, writer: tuple[str, int], killed: bool) -> None:
         """See `Owner`."""
-        attempts = await asyncio.to_thread(read_attempts, self._directory, writer)
-        known = {}
-        for sample_id, before in self._scheduler.in_flight(worker).items():
+        in_flight, known = self._scheduler.in_flight(worker), {}
+        attempts = await asyncio.to_thread(read_attempts, self._directory, writer, in_flight.keys())
+        for sample_id, before in in_flight.items():
             attempt = attempts.get(sample_id)
             known[sample_id] = before if attempt is None else continued(before, attempt)
         self._scheduler.worker_down(worker, known, killed)
@@ -424,7 +447,7 @@ class RolloutService:
             entry.session, entry.delivered = session, False
             return
         self._entries[group.id] = _Entry(group, session, early_stop)
-        logged = self._logged.pop(group.id, {})
+        logged, (_, consumed) = self._logged.pop(group.id, {}), self._consumed.pop(group.id, (0, -1))
         known = {}
         for number in range(group.sampling.n):
             sample_id = group.sample_id(number)
@@ -432,6 +455,8 @@ class RolloutService:
                 known[sample_id] = recovered_progress(logged[sample_id], group)
             elif sample_id in self._keeper.acknowledged:
                 known[sample_id] = Progress(attempt=self._keeper.acknowledged[sample_id])
+            elif consumed >= 0:  # read back when the service starts, not before
+                known[sample_id] = Progress(attempt=consumed)
         self._scheduler.add(group, lane, order, row, known, early_stop.after if early_stop else None)
 
     async def _judge(self, entry: _Entry, judge: Judge, completion: Completion) -> None:
@@ -450,8 +475,16 @@ class RolloutService:
             self._fleet.send(worker, requests, [])
         for ended in self._scheduler.take_ended():
             self._entries[ended.group.request.id].ended = ended
-            self._quarantined += ended.group.failure is not None
+            if ended.group.failure is not None:
+                self._quarantine(ended.group)
         self._changed.set()
+
+    def _quarantine(self, group: FinishedGroup) -> None:
+        """Write down what was given up, and why, for whoever wants to look into it."""
+        self._quarantined += 1
+        found = {"id": group.request.id, "domain": group.request.domain, "prompt_ids": group.request.prompt_ids}
+        with suppress(OSError), (self._directory / QUARANTINE).open("a") as file:  # must not stop the run
+            file.write(json.dumps({**found, "reason": group.failure, "time": time.time()}) + "\n")
 
     async def _until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait for a condition on the service's state, and no longer than `seconds`; whether it holds.

@@ -29,6 +29,13 @@ class Sampling:
     """Tokens that end a completion, besides the model's own end tokens."""
     routes: bool = False
     """Return the experts that each token went to (`Completion.routes`); prompts are then read without the cache."""
+    masks: bool = False
+    """Return which tokens `top_p` left to be drawn (`Completion.masks`)."""
+
+
+def sample_name(group_id: str, sample: int) -> str:
+    """The id of one sample of a group."""
+    return f"{group_id}#{sample}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class GroupRequest:
 
     def sample_id(self, sample: int) -> str:
         """The request of one sample."""
-        return f"{self.id}#{sample}"
+        return sample_name(self.id, sample)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class NewTokens:
     """`stop` or `length` with the last tokens of the sample."""
     routes: bytes = field(default=b"", repr=False)
     """Experts of what was read for these tokens (`rollouts.routes`); empty unless asked for."""
+    mask: bytes = field(default=b"", repr=False)
+    """Which tokens could have been drawn (`rollouts.masks`); empty for all of them, and unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,8 @@ class Completion:
     """Experts `[prompt + completion - 1, layers, k]`, as they were when each token was read; only if asked for."""
     episode: EpisodeFacts | None = None
     """Of a whole conversation with an environment. `finish_reason` may then also be `turn_limit`, or `failed: ...`."""
+    masks: tuple[bytes, ...] | None = field(default=None, repr=False, compare=False)
+    """For each token which ones could have been drawn, encoded by `rollouts.masks`; None when that is so of all."""
 
     @classmethod
     def of_version(cls, token_ids: list[int], logprobs: list[float], finish_reason: str, version: int) -> Completion:

@@ -24,7 +24,9 @@ import ray
 
 from posttrain.errors import RunFailed
 from rollouts.engine import Engine
-from rollouts.log.writer import LogWriter
+from rollouts.log.writer import LogFailed, LogWriter
+from rollouts.masks import FIELD as MASKS
+from rollouts.masks import masks_of_tokens
 from rollouts.routes import FIELD as ROUTES
 from rollouts.routes import routes_of_tokens
 from rollouts.settings import EngineInfo, EngineSettings
@@ -67,6 +69,9 @@ class WorkerStats:
     """Tokens sampled."""
     busy_seconds: float
     """Time spent in steps of the engine, logging included."""
+    idle_seconds: float
+    """Time in which the engine's thread waited for something to do."""
+    steps: int
     version: int | None
     rss_bytes: int
     alive_seconds: float
@@ -210,9 +215,10 @@ class EngineLoop:
         self._finished: list[list[NewTokens]] = []
         self._news = threading.Condition()
         self._failure: str | None = None
+        self._log_failure: LogFailed | None = None
         self._begin = time.monotonic()
         self._busy_since: float | None = None
-        self._busy_seconds = 0.0
+        self._busy_seconds = self._idle_seconds = 0.0
         self._steps = self._tokens = self._completions = 0
         self._next_audit = self._begin + AUDIT_SECONDS
         self.engine: Engine
@@ -250,10 +256,16 @@ class EngineLoop:
             self._log.open(request)
 
     def report(self, seconds: float) -> Report:
-        """What ended since the report before, durable in the log; waits up to `seconds` for something to end."""
+        """What ended since the report before, durable in the log; waits up to `seconds` for something to end.
+
+        Raises:
+            LogFailed: the log takes nothing more; what it has is all that there is.
+        """
         with self._news:
             self._news.wait_for(lambda: self._finished or self._failure, seconds)
             finished, self._finished = self._finished, []
+        if self._log_failure is not None:
+            raise self._log_failure
         # Copied at once: the engine's thread goes on changing it.
         running = {sample.id: len(sample.token_ids) for sample in list(self.engine.samples.values())}
         if finished:
@@ -269,6 +281,8 @@ class EngineLoop:
             self._completions,
             self._tokens,
             self._busy_seconds,
+            self._idle_seconds,
+            self._steps,
             self.engine.version,
             psutil.Process().memory_info().rss,
             time.monotonic() - self._begin,
@@ -302,13 +316,14 @@ class EngineLoop:
                 if self.engine.busy:
                     self._audit()
                     self._step()
-        except BaseException:
+        except BaseException as error:
+            self._log_failure = error if isinstance(error, LogFailed) else None
             self._fail(traceback.format_exc())
 
     def _run_calls(self) -> None:
         """Do all that is asked for; wait a little if there is nothing else to do."""
         try:
-            call = self._calls.get(timeout=IDLE_SECONDS) if not self.engine.busy else self._calls.get_nowait()
+            call = self._calls.get_nowait() if self.engine.busy else self._wait()
             while True:
                 self._busy_since = self._busy_since or time.monotonic()
                 _answer(*call)
@@ -317,6 +332,14 @@ class EngineLoop:
             pass
         if not self.engine.busy:
             self._busy_since = None
+
+    def _wait(self) -> tuple[Callable[[], Any], Future[Any]]:
+        """The next call; raises `queue.Empty` after a moment without one."""
+        begin = time.monotonic()
+        try:
+            return self._calls.get(timeout=IDLE_SECONDS)
+        finally:
+            self._idle_seconds += time.monotonic() - begin
 
     def _audit(self) -> None:
         """Find out, now and then, whether the weights are still those that were loaded; if not, the engine ends."""
@@ -330,7 +353,7 @@ class EngineLoop:
         begin = time.monotonic()
         self._busy_since = self._busy_since or begin
         steps = self.engine.step()
-        self._log.append(steps, {new.id: {ROUTES: routes_of_tokens(new)} for new in steps if new.routes})
+        self._log.append(steps, {new.id: fields for new in steps if (fields := fields_of(new))})
         self._steps += 1
         for new in steps:
             self._parts.setdefault(new.id, []).append(new)
@@ -356,6 +379,12 @@ class EngineLoop:
             except queue.Empty:
                 return
             future.set_exception(RunFailed(f"the engine has failed: {failure.splitlines()[-1]}"))
+
+
+def fields_of(new: NewTokens) -> dict[str, list[bytes]]:
+    """What the log keeps of tokens beside the tokens."""
+    routes = {ROUTES: routes_of_tokens(new)} if new.routes else {}
+    return routes | ({MASKS: masks_of_tokens(new)} if new.mask else {})
 
 
 def _answer(function: Callable[[], Any], future: Future[Any]) -> None:

@@ -23,6 +23,7 @@ PROCESSES = {
     f"test_{name}"
     for name in (
         *(
+            "async_resume",
             "async_service",
             "cli",
             "doctor",

@@ -323,7 +323,7 @@ def test_a_group_that_was_given_up_leaves_a_smaller_batch(seen: list[Seen]) -> N
         [group(1, row) for row in range(4)],
     ]
     assert recorder.lines[0]["groups_given_up"] == 1 and "groups_given_up" not in recorder.lines[1]
-    assert sorted(client.acknowledged) == sorted(request.id for request in client.asked if request.id != group(0, 2))
+    assert sorted(client.consumed) == sorted(request.id for request in client.asked if request.id != group(0, 2))
 
 
 def test_a_step_without_any_group_ends_the_stage() -> None:

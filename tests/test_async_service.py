@@ -55,12 +55,17 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutClient]:
 
 
 def train(
-    client: RolloutClient, name: str, rollout: RolloutConfig, steps: int = 6, reward: Reward = share_of_target
+    client: RolloutClient,
+    name: str,
+    rollout: RolloutConfig,
+    steps: int = 6,
+    reward: Reward = share_of_target,
+    **options: Any,
 ) -> tuple[Any, Recorder, Sampled]:
     model, recorder = v4_model(), Recorder()
     config = GrpoStage(
         kind="grpo", steps=steps, prompts_per_step=4, group_size=4, optimizer=OptimizerConfig(lr=1e-3),
-        importance={"level": "token", "bound": "truncate", "max": 2},
+        importance={"level": "token", "bound": "truncate", "max": 2}, **options,
     )  # fmt: skip
     job = GrpoJob(name, config, "", "", prompts("d", TEXTS), MAX_NEW_TOKENS, reward, rollout)
     sampled = train_grpo(model, tiny_tokenizer(), job, client, 3, Progress(recorder, name, steps))
@@ -82,6 +87,12 @@ def test_tokens_of_the_weights_that_are_trained_have_the_trainers_logprobs(clien
     assert sum(shares) == pytest.approx(1)
     stats = client.service_stats()
     assert (stats.waiting, stats.running) == (0, 0)
+
+
+def test_routes_and_masks_come_from_the_engines_and_are_what_the_trainer_uses(client: RolloutClient) -> None:
+    _, recorder, sampled = train(client, "kept", RolloutConfig(**ENGINE), steps=3, keep_routing=True, top_p=0.8)
+    assert sampled.difference.tokens > 0 and sampled.difference.largest < 1e-5
+    assert len(recorder.lines) == 3
 
 
 def test_a_deterministic_run_gives_the_same_weights_to_the_bit(client: RolloutClient) -> None:

@@ -128,6 +128,13 @@ WRONG_VALUES: list[Case] = [
         ["at most max_digits"],
     ),
     ({"stages.base.conversations": {"jsonl": "a", "bad_rows": "keep"}}, "stages.base.conversations.bad_rows", ["drop"]),
+    ({"stages.experts.per_domain[1].top_p": 0}, "stages.experts.per_domain[1].top_p", ["more than 0"]),
+    ({"domains.sums.max_running": 0}, "domains.sums.max_running", ["at least 1"]),
+    (
+        {"stages.experts.per_domain[1].keep_routing": True, "rollout.engine": "vllm", "cluster.gpus_per_worker": 1},
+        "stages.experts.per_domain[1].keep_routing",
+        ["only `rollout.engine: native`"],
+    ),
 ]
 NOT_THERE: list[Case] = [
     ({"model.config": "tinny"}, "model.config", ["no preset 'tinny'", "did you mean `tiny`"]),

@@ -20,6 +20,7 @@ from posttrain.errors import BadInput, RunFailed
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.layers import Gate
 from posttrain.recipe.schema import RolloutConfig
+from posttrain.trainers.masked import masked_logprob
 from rollouts.pool import RolloutClient, RolloutPool
 from rollouts.settings import engine_settings, write_description
 from rollouts.types import Completion, GroupRequest, Sampling
@@ -180,6 +181,30 @@ def test_routes_come_with_completions_also_when_the_engine_dies_on_the_way(nativ
             tokens = group.request.prompt_ids + completion.token_ids[:-1]
             assert completion.routes is not None
             assert torch.equal(torch.tensor(completion.routes).long(), routes_of(native.model, tokens))
+
+
+def test_masks_give_the_trainer_the_samplers_logprobs_also_when_the_engine_dies(native: Native) -> None:
+    """Under top-p, to the last bit."""
+    sampling, asked = Sampling(max_tokens=40, temperature=0.7, top_p=0.8, n=2, seed=4, masks=True), prompts(8)
+    requests = [GroupRequest(f"masks/{row}", prompt, sampling, row) for row, prompt in enumerate(asked)]
+    native.client.submit(requests)
+    finished = native.client.collect(3)
+    os.kill(native.client.stats()[0].pid, signal.SIGKILL)
+    while len(finished) < len(requests):
+        finished += native.client.collect(len(requests) - len(finished))
+    native.client.acknowledge([group.request.id for group in finished])
+    head = native.model.get_output_embeddings().weight
+    for group in finished:
+        for completion in group.completions:
+            tokens = group.request.prompt_ids + completion.token_ids[:-1]
+            targets = torch.tensor(completion.token_ids)
+            assert completion.masks is not None and len(completion.masks) == len(targets)
+            with torch.no_grad():
+                hidden = native.model.model(torch.tensor([tokens])).last_hidden_state[0, -len(targets) :]
+                ours, _ = masked_logprob(hidden, head, targets, 0.7, completion.masks)
+            assert ours.tolist() == completion.logprobs
+            whole = trainer_logprobs(native.model, group.request.prompt_ids, completion.token_ids, 0.7)
+            assert (ours - whole).min() > 0.1  # something was cut off everywhere
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_by_row(native: Native) -> None:

@@ -282,6 +282,25 @@ def test_the_page_shows_results_curves_and_samples(tmp_path: Path) -> None:
     assert "posttrain run" in page.text and "reasoning_gym: chain_sum" in page.text and "0123456789abcdef" in page.text
 
 
+def test_the_page_says_who_waited_and_how_old_the_samples_were(tmp_path: Path) -> None:
+    records, stage = finished_run(), "expert/letters/grpo"
+    off_policy = {"staleness_mean": 0.75, "staleness_max": 2, "staleness_masked": 0.015, "importance_ratio_raw": 1.07,
+                  "importance_bounded": 0.022}  # fmt: skip
+    for record in records:
+        if record.get("stage") == stage and "metrics" in record:
+            record["metrics"] |= {"staleness_mean": 0.75, "importance_ratio_raw": 1.07}
+        if record.get("stage") == stage and record.get("event") == "rollout_stats":
+            record |= {"trainer_idle": 0.031, "generators_idle": 0.124, "off_policy": off_policy}
+    page = page_of(write_run(tmp_path / "run", records))
+    assert "Waiting and age" in page.text
+    for cell in ("3.1 %", "12.4 %", "0.75", "1.5 %", "1.07", "2.2 %"):
+        assert cell in page.text
+    labels = " ".join(svg.get("aria-label", "") for svg in page.all("svg"))
+    assert "Age of the samples. " in labels and "Importance ratio. " in labels
+    synchronous = page_of(write_run(tmp_path / "other", finished_run()))
+    assert "Waiting and age" not in synchronous.text and "Age of the samples" not in synchronous.text
+
+
 def test_the_page_of_a_failed_run_says_what_is_missing_and_how_to_go_on(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", partial_run()))
     assert "This run is not complete (status: failed)" in page.text

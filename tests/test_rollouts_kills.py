@@ -5,8 +5,10 @@ The full version, with a hundred kills in one run, is `benchmarks/rollout_kills.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import resource
 import signal
 import threading
 import time
@@ -22,7 +24,9 @@ import ray
 
 from benchmarks import rollout_kills
 from benchmarks.rollout_kit import data_line, make_groups, read_lines, rollout_pool, write_checkpoint
+from posttrain.errors import RunFailed
 from rollouts.client import RolloutClient
+from rollouts.log import recover
 from rollouts.pool import RolloutPool
 from rollouts.service import EarlyStop
 from rollouts.types import Completion, GroupRequest
@@ -185,6 +189,8 @@ def test_a_poisoned_request_is_given_up_and_no_other(service: Service) -> None:
     assert given_up.completions == [] and "ended 3 engines in a row" in str(given_up.failure)
     service.client.acknowledge(["poison"])
     assert service.client.service_stats().quarantined == 1
+    (written,) = map(json.loads, (service.log / "quarantine.jsonl").read_text().splitlines())
+    assert (written["id"], written["prompt_ids"], written["reason"]) == ("poison", POISON, given_up.failure)
 
 
 def test_workers_are_added_and_removed_during_a_run(service: Service) -> None:
@@ -265,3 +271,28 @@ def test_a_killed_driver_changes_nothing(service: Service, tmp_path: Path) -> No
     undisturbed = {group.request.id: data_line(group) for group in service.client.collect(len(ids), ids)}
     service.client.acknowledge(ids)
     assert read_lines(place / "data.jsonl") == undisturbed
+
+
+def test_a_full_disk_ends_the_run_and_no_sample_is_blamed(service: Service) -> None:
+    """The last test with this service: it takes nothing more."""
+
+    def fill(worker: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    def fill_disks() -> None:
+        service.busy_worker()
+        handles = service.in_service(
+            lambda service: [slot.worker.handle for slot in service._fleet.slots.values() if slot.worker]
+        )
+        ray.get([handle.__ray_call__.remote(fill) for handle in handles])
+
+    quarantined = service.client.service_stats().quarantined
+    with pytest.raises(RunFailed, match=r"the rollout log cannot be .*; free space"):
+        service.run("full", fill_disks)
+    assert service.client.service_stats().quarantined == quarantined
+    expected = {group_id: completions for group_id, completions, _ in map(json.loads, service.expected)}
+    logged = {name: found for name, found in recover(service.log).requests.items() if name.startswith("full/")}
+    assert any(found.token_ids for found in logged.values())
+    for name, found in logged.items():
+        group_id, _, number = name.removeprefix("full/").partition("#")
+        assert found.token_ids == expected[group_id][int(number)][0][: len(found.token_ids)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,11 +13,21 @@ from hypothesis import strategies as st
 from posttrain.errors import BadInput
 from posttrain.recipe.schema import RolloutConfig
 from rollouts.engine import request_seed
+from rollouts.masks import decode_kept, encode_kept
 from rollouts.service import split_evenly
 from rollouts.settings import check_prompts, engine_kind, read_eos_token_ids, write_description
 from rollouts.vllm_weights import checkpoint_shapes
 from rollouts.weights import iterate_safetensors
 from tests.tiny_models import save_tiny_qwen3
+
+
+@pytest.mark.parametrize("kept", [1, 20, 90, 97])
+def test_masks_come_back_and_are_short(kept: int) -> None:
+    mask_V = np.zeros(97, dtype=bool)
+    mask_V[np.random.default_rng(kept).permutation(97)[:kept]] = True
+    blob = encode_kept(mask_V)
+    assert np.array_equal(decode_kept(blob, 97), mask_V)
+    assert len(blob) == {1: 5, 20: 14, 90: 14, 97: 0}[kept]
 
 
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 6))

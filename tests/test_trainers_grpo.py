@@ -71,7 +71,7 @@ def test_the_sampler_gets_every_prompt_once_with_its_exact_tokens() -> None:
     assert (sampling.n, sampling.temperature, sampling.max_tokens) == (4, 0.7, 6)
     assert sampling.seed != second[0].sampling.seed
     assert [(request.id, request.index) for request in first] == [(f"expert/d/grpo/0/{row}", row) for row in range(4)]
-    assert client.acknowledged == [request.id for request in [*first, *second]]
+    assert client.consumed == [request.id for request in [*first, *second]]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "group", "dr_grpo"])

@@ -291,7 +291,7 @@ def test_groups_without_a_difference_are_replaced(
     assert seen == kept
     if times:
         assert [line["groups_replaced"] for line in recorder.lines] == replaced
-    assert sorted(client.acknowledged + client.cancelled) == sorted(request.id for request in client.asked)
+    assert sorted(client.consumed + client.cancelled) == sorted(request.id for request in client.asked)
 
 
 def test_a_group_informs_when_its_rewards_differ() -> None:

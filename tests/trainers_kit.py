@@ -110,7 +110,10 @@ class LocalClient:
         self.running: list[Running] = []
         self.groups: dict[str, list[Running]] = {}
         self.finished: dict[str, FinishedGroup] = {}
+        self.consumed: list[str] = []
         self.acknowledged: list[str] = []
+        self.forgotten: list[str] = []
+        """Prefixes."""
         self.cancelled: list[str] = []
 
     @property
@@ -145,8 +148,14 @@ class LocalClient:
             self.step()
         return [self.finished.pop(name) for name in ([*self.finished][:count] if ids is None else ids)]
 
+    def consume(self, ids: Sequence[str]) -> None:
+        self.consumed += ids
+
     def acknowledge(self, ids: Sequence[str]) -> None:
         self.acknowledged += ids
+
+    def forget_under(self, prefix: str) -> None:
+        self.forgotten.append(prefix)
 
     def cancel(self, ids: Sequence[str]) -> None:
         self.cancelled += ids

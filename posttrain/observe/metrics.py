@@ -17,7 +17,8 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
                        `split` other than "holdout" is shown in passing and never reported as a result
     gate               stage, domain, metric, parent, value, gain, min_gain, passed, action
     rollout_stats      stage, max_abs_logprob_diff, k3, weight_sync_seconds [..], tokens, seconds (of sampling; without
-                       them from the steps' tokens_per_second, seconds_step and seconds_generate)
+                       them from the steps' tokens_per_second, seconds_step and seconds_generate), trainer_idle and
+                       generators_idle (shares of the time), off_policy (as `posttrain.trainers.mismatch.Ages` says)
     dashboard          address
     weights_published  stage, version, seconds
     resources          peak_rss_bytes, peak_pss_bytes, rss_bytes, pss_bytes, peak_by_process_kind, cpu_seconds

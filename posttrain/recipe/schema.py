@@ -204,6 +204,8 @@ class DomainConfig(Section):
     holdout: int = Field(512, ge=1)
     """Problems for the reported accuracy; never trained on, never selected on."""
     max_new_tokens: int = Field(32, ge=1)
+    max_running: int | None = Field(None, ge=1)
+    """Answers of this domain that training has in the engines at once; default: as many as there is room for."""
     system: str | None = None
     environment: EnvironmentConfig | None = None
     """Tools, or another side of a conversation of several turns; default: one answer to the prompt."""
@@ -318,6 +320,9 @@ class GrpoStage(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimiser steps on each generated batch (more than 1 is off-policy)."""
     temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest tokens alone that have this probability together. The trainer's probabilities are then
+    over the same tokens (V3.2's keep sampling mask)."""
     dynamic_sampling: int = Field(0, ge=0)
     """DAPO's: groups whose answers all have the same reward are replaced by further prompts, at most this many times
     `prompts_per_step` in a step; 0: they stay, and teach nothing."""
@@ -345,6 +350,8 @@ class GrpoStage(Section):
     off_policy_threshold: float | None = Field(None, gt=0)
     """V3.2, eq. 9: learn nothing from answers worse than their group's mean whose tokens became less likely by more
     than this many nats on average since they were sampled."""
+    keep_routing: bool = False
+    """V3.2's keep routing: the trainer sends every token to the experts that it went to in the engine."""
     importance: ImportanceConfig = ImportanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -465,6 +472,17 @@ class Recipe(Section):
                 "vLLM's own DeepSeek-V4 does not run on CPUs (vLLM 0.32: its kernels for metadata are written in "
                 "Triton, which has no CPU backend): use native, or give each worker a GPU (cluster.gpus_per_worker)",
             )
+        for key, stage in self._grpo_stages():
+            if stage.keep_routing and (self.model.family, self.rollout.engine) != ("deepseek_v4", "native"):
+                raise _wrong(
+                    f"stages.{key}.keep_routing",
+                    "only `rollout.engine: native` of `model.family: deepseek_v4` returns the experts that tokens "
+                    "went to; leave it out",
+                )
+            if stage.top_p < 1 and self.model.family == "hf":
+                raise _wrong(
+                    f"stages.{key}.top_p", "must be 1 for family hf: its trainer looks at the whole vocabulary"
+                )
         if self.model.precision == "bf16" and self.rollout.dtype != "bfloat16":
             raise _wrong(
                 "rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -75,27 +76,35 @@ class Work:
         """
         known, checkpoint = self.run.stage(name), self.run.stage_checkpoint(name)
         if known.status in ("done", "dropped") and checkpoint is not None:
+            self._forget_samples(name, sampler)
             return checkpoint
         self.require_going_on()
         started = time.monotonic()
         self.run.start_stage(name)
         self.run.append_event({"event": "stage_started", "stage": name, "steps": steps})
         try:
-            before = sampler.stats() if sampler else []
+            before, asked = sampler.stats() if sampler else [], time.monotonic()
             result: StageResult = wait(do(str(self.run.checkpoint_path(name))), self.run.log_path)
-            after = sampler.stats() if sampler else []
+            after, elapsed = sampler.stats() if sampler else [], time.monotonic() - asked
         except BaseException as error:
             self._stopped(name, error)
             raise
         seconds = time.monotonic() - started
         if result.waited_seconds is not None:
-            self._record_rollouts(result, before, after)
+            self._record_rollouts(result, before, after, elapsed)
         self.run.finish_stage(name, result.checkpoint, seconds, result.metrics)
         self.run.append_event(
             {"event": "stage_finished", "stage": name, "seconds": seconds, "steps": result.steps,
              "checkpoint": result.checkpoint}
         )  # fmt: skip
+        self._forget_samples(name, sampler)
         return Path(result.checkpoint)
+
+    @staticmethod
+    def _forget_samples(stage: str, sampler: RolloutClient | None) -> None:
+        """The stage's checkpoint has what was learned from its samples: it will not start again and ask for them."""
+        if sampler is not None:
+            sampler.forget_under(f"{stage}/")
 
     def _stopped(self, name: str, error: BaseException) -> None:
         """Note why a stage came to no end, as a failure or as an interruption (then raises `Stopped` in threads)."""
@@ -109,19 +118,27 @@ class Work:
             self.run.fail_stage(name, text)
             self.run.append_event({"event": "stage_failed", "stage": name, "error": text})
 
-    def _record_rollouts(self, result: StageResult, before: list[WorkerStats], after: list[WorkerStats]) -> None:
-        """Note a stage's sampling: by its result, and by each worker's totals before and after.
+    def _record_rollouts(
+        self, result: StageResult, before: list[WorkerStats], after: list[WorkerStats], elapsed: float
+    ) -> None:
+        """Note a stage's sampling: by its result, and by each worker's totals before and after (`elapsed` seconds).
 
         A worker that was replaced meanwhile counts from its start.
         """
         start = {stats.pid: stats for stats in before}
         tokens = sum(stats.tokens - (start[stats.pid].tokens if stats.pid in start else 0) for stats in after)
         busy = [stats.busy_seconds - (start[stats.pid].busy_seconds if stats.pid in start else 0) for stats in after]
-        seconds = max(busy, default=0.0)
+        idle = [stats.idle_seconds - (start[stats.pid].idle_seconds if stats.pid in start else 0) for stats in after]
+        seconds, whole = max(busy, default=0.0), result.sampling_seconds
+        shares = {
+            "trainer_idle": min(1.0, (result.waited_seconds or 0.0) / whole),
+            # While the trainer starts and ends, nobody asks for anything: that is no waiting.
+            "generators_idle": min(1.0, max(0.0, (fmean(idle) - (elapsed - whole)) / whole)),
+        } if whole and idle else {}  # fmt: skip
         self.run.append_event(
             {"event": "rollout_stats", "stage": result.stage, "max_abs_logprob_diff": result.max_abs_logprob_diff,
              "k3": result.k3, "weight_sync_seconds": result.weight_sync_seconds, "tokens": tokens, "seconds": seconds,
-             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy}
+             "waited_seconds": result.waited_seconds, "off_policy": result.off_policy, **shares}
         )  # fmt: skip
 
 

@@ -104,6 +104,7 @@ class TrainerActor:
                 "weight_sync_seconds": outcome.publish_seconds,
                 "off_policy": outcome.off_policy,
                 "waited_seconds": outcome.waited_seconds,
+                "sampling_seconds": outcome.seconds,
             }
         return StageResult(
             stage=job.stage,

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import RunFailed
+from posttrain.models.deepseek_v4.routing import UNKNOWN
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.trainers.jobs import Prompt
 from posttrain.trainers.mismatch import Ages, LogprobDifference
@@ -48,8 +51,14 @@ class Client(Protocol):
     ) -> list[FinishedGroup]:
         """Wait for `count` finished groups: whichever come first, or those of `ids` in their order."""
 
+    def consume(self, ids: Sequence[str]) -> None:
+        """These groups were learned from; should the stage start again, it will be given the same answers."""
+
     def acknowledge(self, ids: Sequence[str]) -> None:
-        """These groups are consumed: their tokens need not be kept any longer."""
+        """These groups are consumed for good: their tokens need not be kept any longer."""
+
+    def forget_under(self, prefix: str) -> None:
+        """Nobody will ask again for groups whose ids begin so."""
 
     def cancel(self, ids: Sequence[str]) -> None:
         """These groups are not wanted any more."""
@@ -108,6 +117,10 @@ class RolloutGeneration:
     first_version: int = 0
     informs: Callable[[Sequence[Group]], Sequence[bool]] | None = None
     """Judges finished groups: whether anything can be learned from each. Without it that is so of all."""
+    keep_routing: bool = False
+    """Have the engines return the experts that tokens went to, for the trainer to use the same."""
+    top_p: float = 1.0
+    """Below 1 the engines return which tokens it left to be drawn, for the trainer to compare the same."""
     spare_groups: int = 0
     """How many groups of which nothing can be learned are replaced in each step."""
     mask_truncated: bool = False
@@ -115,6 +128,8 @@ class RolloutGeneration:
     steps_done: int = 0
     publish_seconds: list[float] = field(default_factory=list)
     waited_seconds: float = 0.0
+    seconds: float = 0.0
+    """From the first batch's being asked for to the end of the stage."""
     groups: list[Group] = field(default_factory=list)
     """The latest batch, in the order of the trainer's rows."""
 
@@ -124,6 +139,7 @@ class RolloutGeneration:
         self._asked = 0
         self._base: int | None = None
         self._published = -1
+        self._began: float | None = None
 
     @property
     def samples(self) -> list[Completion]:
@@ -142,7 +158,8 @@ class RolloutGeneration:
         Raises:
             RunFailed: samples of weights that no engine may serve any more, or none at all.
         """
-        self._acknowledge()
+        self._began = self._began or time.perf_counter()
+        self._done_with_batch()
         in_flight, ahead = self._in_flight, self.rollout.steps_ahead
         if in_flight:
             self._publish()
@@ -189,22 +206,50 @@ class RolloutGeneration:
         """Whether anything is learned from an episode; TRL sees only whether its last token ends a turn."""
         return sample.finish_reason == "stop" or not self.mask_truncated
 
+    def routes(self, rows: Sequence[int] | None, mask_BS: Tensor) -> Tensor | None:
+        """Experts that samples of the latest batch went to in the engine; see `trl_seam.Generation`."""
+        if not self.keep_routing:
+            return None
+        samples = self.samples
+        kept = [samples[row].routes for row in (range(len(samples)) if rows is None else rows)]
+        if any(routes_TLK is None for routes_TLK in kept):
+            raise RunFailed(f"stage {self.stage}: keep_routing, but an answer came without its routes")
+        known = [torch.from_numpy(routes_TLK.astype(np.int16)) for routes_TLK in kept if routes_TLK is not None]
+        routes_BSLK = torch.full((*mask_BS.shape, *known[0].shape[1:]), UNKNOWN, dtype=torch.int16)
+        for row, (routes_TLK, first) in enumerate(zip(known, mask_BS.int().argmax(dim=1).tolist(), strict=True)):
+            routes_BSLK[row, first : first + len(routes_TLK)] = routes_TLK
+        return routes_BSLK.to(mask_BS.device)
+
+    def masks(self, rows: Sequence[int] | None) -> list[bytes] | None:
+        """What could have been drawn at each token of samples of the latest batch; see `trl_seam.Generation`."""
+        if self.top_p == 1:
+            return None
+        samples = self.samples
+        chosen = samples if rows is None else [samples[row] for row in rows]
+        return [mask for one in chosen for mask in one.masks or [b""] * len(one.token_ids)]
+
     def finish(self) -> None:
         """The stage is over: nothing that was asked for is needed any more."""
-        self._acknowledge()
+        self._done_with_batch()
         if self._pending:
             self.client.cancel(list(self._pending))
             self._pending.clear()
+        if self._began is not None:
+            self.seconds = time.perf_counter() - self._began
 
     @property
     def _in_flight(self) -> bool:
         """Whether weights are published while requests run."""
         return self.rollout.mode == "async" and not self.rollout.deterministic
 
-    def _acknowledge(self) -> None:
+    def _done_with_batch(self) -> None:
         """The latest batch was learned from."""
         if self.groups:
-            self.client.acknowledge([group.request.id for group in self.groups])
+            self._consumed([group.request.id for group in self.groups])
+
+    def _consumed(self, ids: list[str]) -> None:
+        """Groups are done with. Where what is sampled depends on timing, nobody could use them again."""
+        (self.client.acknowledge if self._in_flight else self.client.consume)(ids)
 
     def _publish(self) -> None:
         """Publish the current weights, unless that was done in this step."""
@@ -213,6 +258,9 @@ class RolloutGeneration:
         started = time.perf_counter()
         if self._base is None:  # another stage may have published to the same engines before
             self._base = max(self.client.weight_version() or 0, self.first_version)
+            if self._in_flight or self._base != self.first_version:
+                # What an earlier life of the stage left comes from other weights than these versions will be.
+                self.client.forget_under(f"{self.stage}/")
         self.publish_seconds.append(
             self.client.publish(publishable_weights(self.model()), self._base + self.steps_done + 1)
         )
@@ -234,6 +282,9 @@ class RolloutGeneration:
                 temperature=self.temperature,
                 n=self.group_size,
                 seed=derive_seed(self.seed, "batch", batch),
+                routes=self.keep_routing,
+                top_p=self.top_p,
+                masks=self.top_p < 1,
             )
             name, tokens = f"{self.stage}/{batch}/{row}", list(ask.prompt.token_ids)
             request = GroupRequest(
@@ -258,7 +309,7 @@ class RolloutGeneration:
             for group in groups:
                 if (group.failure is not None or not next(good)) and spare > 0:
                     spare, replaced = spare - 1, replaced + 1
-                    self.client.acknowledge([group.request.id])
+                    self._consumed([group.request.id])
                 elif group.failure is not None:
                     given_up, reason = given_up + 1, group.failure
                 else:
@@ -337,8 +388,16 @@ class Sampled:
     publish_seconds: list[float]
     off_policy: dict[str, float]
     waited_seconds: float
+    seconds: float
+    """In which samples were asked for and learned from."""
 
     @classmethod
     def of(cls, generation: RolloutGeneration, difference: LogprobDifference) -> Sampled:
         """The totals of `generation`."""
-        return cls(difference, generation.publish_seconds, generation.ages.summary(), generation.waited_seconds)
+        return cls(
+            difference,
+            generation.publish_seconds,
+            generation.ages.summary(),
+            generation.waited_seconds,
+            generation.seconds,
+        )

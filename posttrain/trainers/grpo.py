@@ -232,6 +232,8 @@ def train_grpo(
         rollout=job.rollout,
         first_version=job.first_version,
         informs=column.judge,
+        keep_routing=config.keep_routing,
+        top_p=config.top_p,
         spare_groups=config.dynamic_sampling * config.prompts_per_step,
         mask_truncated=config.mask_truncated,
     )

@@ -101,3 +101,5 @@ class StageResult:
     """Over the whole stage: importance ratios and, with `rollout.mode: async`, how old the tokens were."""
     waited_seconds: float | None = None
     """Time in which the trainer waited for samples."""
+    sampling_seconds: float = 0.0
+    """Time in which samples were asked for and learned from: the stage without its start and end."""

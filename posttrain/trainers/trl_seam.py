@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from posttrain import kernels
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
+from posttrain.trainers.masked import masked_logprob
 
 _is_vllm_available = trl_imports.is_vllm_available
 # TRL loads all of vLLM on import if it is there (180 MB and 4 s), for a client that is never used here.
@@ -135,6 +136,18 @@ class Generation(Protocol):
     def loss_masks(self) -> list[list[int]] | None:
         """For each token of each sample of the batch 1 if something is learned from it; None when that is so of all."""
 
+    def routes(self, rows: Sequence[int] | None, mask_BS: Tensor) -> Tensor | None:
+        """Experts that the samples in these rows of the batch (None: in all) are to use again, -1 where there are none.
+
+        `mask_BS` is 1 on the tokens of prompts and answers; shape `[B, S, layers, k]`. None: the model's own choice.
+        """
+
+    def masks(self, rows: Sequence[int] | None) -> list[bytes] | None:
+        """For each token of the samples in these rows, one sample after the other, which tokens could have been drawn.
+
+        Encoded by `rollouts.masks`. None: all tokens, always.
+        """
+
     def sync_weights(self) -> None: ...
 
     def generate(
@@ -245,6 +258,7 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
         """TRL's on the rows that the generation draws, whatever the data loader has."""
         inputs = self.rollouts.draw()
+        self._kept_rows = None
         output = super()._generate_and_score_completions(inputs)
         output["row"] = torch.arange(len(inputs))  # TRL shuffles the rows afterwards
         self.batch_scored(output)
@@ -291,11 +305,16 @@ class GroupRelativeTrainer(WithAuxiliary, GRPOTrainer):
     ) -> tuple[Tensor, Tensor, None]:
         """Instead of TRL's for our own model: what its engine reports, to the last bit, without logits of a batch."""
         model = self.accelerator.unwrap_model(model)
-        hidden_BTH = model.model(input_ids, attention_mask).last_hidden_state[:, -logits_to_keep - 1 : -1]
+        routes, rows = None, None if self._kept_rows is None else self._kept_rows.tolist()
+        if model is self.accelerator.unwrap_model(self.model):  # a reference chooses for itself
+            routes = self.rollouts.routes(rows, attention_mask)
+        hidden_BSH = model.model(input_ids, attention_mask, routes=routes).last_hidden_state
+        hidden_BTH = hidden_BSH[:, -logits_to_keep - 1 : -1]
         real_BT = attention_mask[:, -logits_to_keep:].bool()
         targets_N = input_ids[:, -logits_to_keep:][real_BT]
         head_VH = model.get_output_embeddings().weight
-        found = kernels.linear_logprob(hidden_BTH[real_BT], head_VH, targets_N, self.temperature, rounded=True)
+        masks, inputs = self.rollouts.masks(rows), (hidden_BTH[real_BT], head_VH, targets_N, self.temperature)
+        found = kernels.linear_logprob(*inputs, rounded=True) if masks is None else masked_logprob(*inputs, masks)
         zeros_BT = hidden_BTH.new_zeros(real_BT.shape, dtype=torch.float32)
         logps_BT, entropies_BT = (zeros_BT.masked_scatter(real_BT, one_N) for one_N in found)
         return logps_BT, entropies_BT, None

@@ -23,6 +23,10 @@ Fields = Mapping[str, Mapping[str, Sequence[bytes]]]
 """Request id → name of a per-token field (routes, sampling mask) → a blob for each of the step's tokens."""
 
 
+class LogFailed(RunFailed):
+    """The log cannot take anything more: a full disk, say. Another worker would fare no better."""
+
+
 class SegmentFile:
     """A new append-only file of records. A lock on it tells other processes that its writer lives.
 
@@ -291,7 +295,7 @@ def _failures(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         directory = path if path.is_dir() else path.parent
-        raise RunFailed(
+        raise LogFailed(
             f"{directory}: the rollout log {what} ({error.strerror}); free space or repair this file system, then "
             "resume the run: every token that is in the log is kept"
         ) from error

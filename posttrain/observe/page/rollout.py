@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.observe.metrics import Record
 from posttrain.observe.page.charts import line_chart
 from posttrain.observe.page.curves import series_of
 from posttrain.observe.page.markup import Markup, element, joined
 from posttrain.observe.page.names import kind_of
 from posttrain.observe.page.parts import absent, breakable, data_table, section
 from posttrain.observe.runview import RunView, is_number
-from posttrain.observe.words import duration, number
+from posttrain.observe.words import duration, number, percent
 
 PARITY_LIMIT = 1e-5
 """Allowed difference of sampled and trained log-probs with our own model in fp32."""
@@ -45,13 +46,54 @@ def rollout_section(report: dict[str, Any], view: RunView, domains: list[str]) -
     if rows:
         columns = ["stage", "tokens", "seconds", "tokens/s", "largest difference", "k3"]
         table = data_table("Rollouts by stage", "k3: the non-negative estimate of KL(sampler ‖ trainer)", columns, rows)
+    charts = [chart, *_off_policy_charts(view, stages, domains)]
     return section(
         "rollout",
         "Rollout against trainer",
         None if series or rows else absent("No rollout was recorded."),
-        element("div", chart, _rollout_facts(report["rollout"]), class_="grid") if series or rows else None,
+        element("div", charts, _rollout_facts(report["rollout"]), class_="grid") if series or rows else None,
         table,
+        _off_policy_table(report["rollout"]["stages"]),
     )
+
+
+def _off_policy_charts(view: RunView, stages: list[str], domains: list[str]) -> list[Markup]:
+    """Of stages that sampled while they learned."""
+    ahead = [name for name in stages if series_of(view, [name], "staleness_mean", [])]
+    ages = "steps between the weights that sampled and those that learn, mean over tokens"
+    ratios = "trainer's probability over the sampler's before bounds, mean over tokens"
+    return [
+        line_chart(title, note, series, zero=metric == "staleness_mean", smooth=False)
+        for title, note, metric in (
+            ("Age of the samples", ages, "staleness_mean"),
+            ("Importance ratio", ratios, "importance_ratio_raw"),
+        )
+        if (series := series_of(view, ahead, metric, domains))
+    ]
+
+
+def _off_policy_table(events: list[Record]) -> Markup | None:
+    """Who waited for whom, and how far from on-policy the samples were; a dash where it was not recorded."""
+    rows = []
+    for event in events:
+        found = event.get("off_policy")
+        policy: Record = found if isinstance(found, dict) else {}
+        if not policy and event.get("generators_idle") is None:
+            continue
+        cells = [
+            percent(event.get("trainer_idle")),
+            percent(event.get("generators_idle")),
+            number(policy.get("staleness_mean")),
+            number(policy.get("staleness_max")),
+            percent(policy.get("staleness_masked")),
+            number(policy.get("importance_ratio_raw")),
+            percent(policy.get("importance_bounded")),
+        ]
+        name = element("th", breakable(str(event.get("stage", ""))), scope="row")
+        rows.append([name, *(element("td", cell) for cell in cells)])
+    columns = ["stage", "trainer idle", "generators idle", "mean age", "oldest", "too old", "ratio", "out of bounds"]
+    note = "age: steps between the weights that sampled a token and those that learned from it; ratio: mean importance"
+    return data_table("Waiting and age", note, columns, rows) if rows else None
 
 
 def _rollout_facts(rollout: dict[str, Any]) -> Markup:

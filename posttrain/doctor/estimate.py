@@ -52,8 +52,8 @@ def _missing_seconds(recipe: Recipe, name: str, records: list[dict[str, Any]]) -
 
 
 def _steps(recipe: Recipe, name: str) -> int:
-    stages = {"base": recipe.stages.base, "student": recipe.stages.student}
-    for domain in recipe.domains:
-        stages |= {f"expert/{domain}/{stage.kind}": stage for stage in recipe.expert_stages(domain)}
-    stage = stages[name]
-    return stage.steps if stage is not None else 0
+    if name in ("base", "student"):
+        stage = recipe.stages.base if name == "base" else recipe.stages.student
+        return stage.steps if stage is not None else 0
+    _, domain, kind = name.split("/")
+    return next(stage.steps for stage in recipe.expert_stages(domain) if stage.kind == kind)

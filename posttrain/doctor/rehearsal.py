@@ -20,7 +20,7 @@ import psutil
 
 from posttrain.doctor.estimate import estimated_seconds
 from posttrain.doctor.machine import standing
-from posttrain.doctor.verdicts import Verdict
+from posttrain.doctor.verdicts import Status, Verdict
 from posttrain.observe.metrics import read_metrics
 from posttrain.observe.words import duration, number, size
 from posttrain.recipe import Recipe
@@ -118,7 +118,7 @@ def _itself(recipe: Recipe, run: RunDirectory, initial: Path) -> Verdict:
     states = [torch.from_numpy(teacher.hidden_states(str(initial), sequences, kept)) for _ in range(2)]
     head = torch.from_numpy(teacher.head(str(initial)))
     largest = reverse_kl(states[0], head, states[1], head).abs().max().item()
-    status = "ok" if largest <= SELF_DIVERGENCE else "failed"
+    status: Status = "ok" if largest <= SELF_DIVERGENCE else "failed"
     return Verdict("student = teacher", status, f"a model is {number(largest)} nats from itself, on {sum(kept)} tokens")
 
 
@@ -136,5 +136,5 @@ def _disk(recipe: Recipe, run: RunDirectory, runs: Path) -> Verdict:
     checkpoints = sum(file.stat().st_size for file in (run.path / "checkpoints").rglob("*") if file.is_file())
     free = shutil.disk_usage(standing(runs)).free
     found = f"{size(checkpoints)} of checkpoints, {size(free)} free"
-    status = "ok" if checkpoints <= 0.8 * free else "failed"
+    status: Status = "ok" if checkpoints <= 0.8 * free else "failed"
     return Verdict("disk", status, found, "" if status == "ok" else "free space, or name another --runs-dir")

@@ -255,6 +255,8 @@ class SftStage(Section):
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
     max_length: int = Field(256, ge=8)
+    packing: bool = False
+    """Lay a batch's examples end to end instead of padding them; no token sees another example, no loss changes."""
     optimizer: OptimizerConfig = OptimizerConfig()
     auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 

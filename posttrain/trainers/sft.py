@@ -5,11 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.data.packing import PackedBatch
 from posttrain.data.rows import IGNORED
 from posttrain.errors import BadInput
+from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import SftStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
@@ -42,6 +45,43 @@ def fitting(rows: Sequence[Mapping[str, Sequence[int]]], max_length: int) -> Dat
     return Dataset.from_dict({name: [list(row[name]) for row in kept] for name in ("input_ids", "labels")})
 
 
+def packed_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SftStage, stage: str
+) -> PackedBatch:
+    """The collator of a stage that packs: one row for our own model, which takes sequences apart; else rows of at most
+    `max_length` tokens, as their attention costs the square of a row's length.
+
+    Raises:
+        BadInput: the model mixes the sequences of a row.
+    """
+    assert isinstance(tokenizer.pad_token_id, int)
+    if isinstance(model, DeepseekV4ForCausalLM):
+        return PackedBatch(None, tokenizer.pad_token_id)
+    if mixes_sequences(model):
+        raise BadInput(
+            f"stage {stage}: packing: {type(model).__name__} does not keep the sequences of a packed row apart; "
+            "leave packing out for this model"
+        )
+    return PackedBatch(config.max_length, tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def mixes_sequences(model: PreTrainedModel) -> bool:
+    """Whether the second of two sequences in a row feels what the first one is, beyond rounding.
+
+    Models with recurrent layers, for one, may read a row through whatever its positions are.
+    """
+    length, vocabulary = 8, model.get_output_embeddings().weight.shape[0]
+    device = model.get_output_embeddings().weight.device
+    first, other, second = torch.arange(3 * length, device=device).view(3, length) % vocabulary
+    positions_BT = torch.arange(length, device=device).repeat(2)[None]
+    logits_2TV = []
+    for before in (first, other):
+        row_BT = torch.cat((before, second))[None]
+        logits_2TV.append(model(input_ids=row_BT, position_ids=positions_BT, use_cache=False).logits[0, length:])
+    return bool((logits_2TV[0] - logits_2TV[1]).abs().max() > 1e-3 * logits_2TV[0].std())
+
+
 def train_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,6 +112,7 @@ def train_sft(
             model=model,
             args=arguments,
             train_dataset=dataset,
+            data_collator=packed_batch(model, tokenizer, config, progress.stage) if config.packing else None,
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps),
             callbacks=[*([auxiliary] if auxiliary else []), progress],

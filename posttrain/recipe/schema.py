@@ -247,6 +247,16 @@ class SftAuxiliaryConfig(AuxiliaryConfig):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters instead of full training: `W + (alpha / rank) B A`, of which A and B learn (docs/lora.md)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    targets: list[str] | None = Field(None, min_length=1)
+    """Which matrices have adapters. Family deepseek_v4: of wq_a, wq_b, wkv, wo_a, wo_b, compressor, experts and
+    shared_experts, by default all but compressor. Family hf: names of linear layers, by default all but the head."""
+
+
 class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
@@ -258,6 +268,8 @@ class SftStage(Section):
     packing: bool = False
     """Lay a batch's examples end to end instead of padding them; no token sees another example, no loss changes."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
+    """Train adapters alone; engines and later stages get them merged. Default: every parameter."""
     auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 
 
@@ -322,6 +334,7 @@ class GrpoStage(Section):
     than this many nats on average since they were sampled."""
     importance: ImportanceConfig = ImportanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
+    lora: LoraConfig | None = None
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
     def for_domain(self, domain: str) -> GrpoStage:
@@ -355,6 +368,7 @@ class OpdStage(Section):
     shares: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Share of each domain among the samples; default: equal."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    lora: LoraConfig | None = None
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
 
@@ -446,6 +460,7 @@ class Recipe(Section):
             )
         if self.model.family == "hf":
             self._check_no_auxiliary()
+        self._check_lora()
         for name, domain_config in self.domains.items():
             self._check_sizes(name, domain_config)
         return self
@@ -461,19 +476,33 @@ class Recipe(Section):
     def _grpo_stages(self) -> list[tuple[str, GrpoStage]]:
         return [(key, stage) for key, stage in self._experts_by_key().items() if isinstance(stage, GrpoStage)]
 
+    def stages_by_key(self) -> dict[str, SftStage | GrpoStage | OpdStage]:
+        """The stages as they are written, under their keys below `stages`."""
+        stages = {"base": self.stages.base, "student": self.stages.student, **self._experts_by_key()}
+        return {key: stage for key, stage in stages.items() if stage is not None}
+
     def _check_no_auxiliary(self) -> None:
         """Indexers and biased routers are parts of this project's own model."""
-        stages: dict[str, SftStage | GrpoStage | OpdStage | None] = {
-            "base": self.stages.base,
-            "student": self.stages.student,
-            **self._experts_by_key(),
-        }
-        for key, stage in stages.items():
-            if stage is not None and stage.auxiliary.any_on:
+        for key, stage in self.stages_by_key().items():
+            if stage.auxiliary.any_on:
                 raise _wrong(
                     f"stages.{key}.auxiliary",
                     "trains parts that only `model.family: deepseek_v4` has; leave it out for family hf",
                 )
+
+    def _check_lora(self) -> None:
+        """Adapters alone learn, by AdamW."""
+        for key, stage in self.stages_by_key().items():
+            if stage.lora is None:
+                continue
+            if stage.optimizer.name == "muon":
+                raise _wrong(f"stages.{key}.optimizer.name", "the factors of `lora` are trained by adamw; set adamw")
+            for part in ("indexer", "bias_update"):
+                if getattr(stage.auxiliary, part):
+                    raise _wrong(
+                        f"stages.{key}.auxiliary.{part}",
+                        "changes weights of the base model; with `lora` these stay as they are",
+                    )
 
     def _check_sizes(self, name: str, domain: DomainConfig) -> None:
         for index, hook in enumerate(self.evaluation):

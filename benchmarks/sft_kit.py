@@ -85,11 +85,15 @@ class Setting:
         return model, lines
 
     @torch.no_grad()
-    def holdout_loss(self, model: PreTrainedModel, count: int = 512) -> float:
-        """Mean cross-entropy over the answers' tokens of held-out problems, in nats a token."""
-        batch = PackedBatch(None, 0)(self.holdout_rows[:count])
-        logits_TV = model.eval()(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits[0, :-1]
+    def holdout(self, model: PreTrainedModel, count: int = 512) -> tuple[float, float]:
+        """Of held-out problems the mean cross-entropy over the answers' tokens, in nats a token, and the share whose
+        answer greedy decoding gives: each of its tokens is the likeliest after those before it."""
+        rows = self.holdout_rows[:count]
+        batch = PackedBatch(None, 0)(rows)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        logits_TV = model.eval()(**inputs, use_cache=False).logits[0, :-1]
         labels_T = batch["labels"][0, 1:]
-        return torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED).item()
+        loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED).item()
+        wrong_T = (logits_TV.argmax(-1) != labels_T) & (labels_T != IGNORED)
+        problem_T = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row["input_ids"]) for row in rows]))[1:]
+        return loss, 1 - len(problem_T[wrong_T].unique()) / len(rows)

@@ -270,6 +270,10 @@ class SftStage(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
     """Train adapters alone; engines and later stages get them merged. Default: every parameter."""
+    freeze_router: bool = False
+    """Leave the routers' matrices as they are."""
+    anticipatory_routing: int = Field(0, ge=0)
+    """V4's: tokens go to the experts that the model of so many updates before chooses; 0: the current model."""
     auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 
 
@@ -335,6 +339,7 @@ class GrpoStage(Section):
     importance: ImportanceConfig = ImportanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
     lora: LoraConfig | None = None
+    freeze_router: bool = False
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
     def for_domain(self, domain: str) -> GrpoStage:
@@ -369,6 +374,7 @@ class OpdStage(Section):
     """Share of each domain among the samples; default: equal."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     lora: LoraConfig | None = None
+    freeze_router: bool = False
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
 
@@ -458,8 +464,7 @@ class Recipe(Section):
             raise _wrong(
                 "rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree"
             )
-        if self.model.family == "hf":
-            self._check_no_auxiliary()
+        self._check_routers()
         self._check_lora()
         for name, domain_config in self.domains.items():
             self._check_sizes(name, domain_config)
@@ -481,14 +486,23 @@ class Recipe(Section):
         stages = {"base": self.stages.base, "student": self.stages.student, **self._experts_by_key()}
         return {key: stage for key, stage in stages.items() if stage is not None}
 
-    def _check_no_auxiliary(self) -> None:
-        """Indexers and biased routers are parts of this project's own model."""
+    def _check_routers(self) -> None:
+        """Indexers and biased routers are parts of this project's own model; a frozen router has no objectives."""
         for key, stage in self.stages_by_key().items():
-            if stage.auxiliary.any_on:
-                raise _wrong(
-                    f"stages.{key}.auxiliary",
-                    "trains parts that only `model.family: deepseek_v4` has; leave it out for family hf",
-                )
+            options = {
+                "auxiliary": stage.auxiliary.any_on,
+                "freeze_router": stage.freeze_router,
+                "anticipatory_routing": isinstance(stage, SftStage) and stage.anticipatory_routing,
+            }
+            for option, on in options.items():
+                if on and self.model.family == "hf":
+                    raise _wrong(
+                        f"stages.{key}.{option}",
+                        "is about parts that only `model.family: deepseek_v4` has; leave it out for family hf",
+                    )
+            for objective in ("balance", "bias_update"):
+                if stage.freeze_router and getattr(stage.auxiliary, objective):
+                    raise _wrong(f"stages.{key}.auxiliary.{objective}", "trains routers that `freeze_router` freezes")
 
     def _check_lora(self) -> None:
         """Adapters alone learn, by AdamW."""

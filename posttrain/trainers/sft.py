@@ -17,6 +17,7 @@ from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import SftStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.progress import Progress
+from posttrain.trainers.router import RoutedAhead, frozen_router
 from posttrain.trainers.settings import training_arguments
 from posttrain.trainers.trl_seam import Batch, SFTConfig, SupervisedTrainer
 
@@ -25,6 +26,16 @@ class SftTrainer(SupervisedTrainer):
     """TRL's SFT trainer that counts the answers' tokens for the metrics."""
 
     progress: Progress
+    anticipation: int = 0
+    """How many updates before its own a batch is routed."""
+
+    def get_train_dataloader(self):  # type: ignore[no-untyped-def]
+        """The trainer's, with experts for the tokens where they are chosen ahead."""
+        batches = super().get_train_dataloader()
+        if not self.anticipation:
+            return batches
+        # called through the trainer: it may wrap the model after it has asked for the data
+        return RoutedAhead(batches, lambda **inputs: self.model_wrapped(**inputs), self.model, self.anticipation)
 
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """TRL's loss: the sum over the labels that are not ignored, divided by their number in the update."""
@@ -94,6 +105,7 @@ def train_sft(
     dataset = fitting(rows, config.max_length)
     with (
         tempfile.TemporaryDirectory() as scratch,
+        frozen_router(model, config.freeze_router),
         auxiliary_objectives(model, config.auxiliary, progress, progress.stage) as auxiliary,
     ):
         arguments = training_arguments(
@@ -118,4 +130,5 @@ def train_sft(
             callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
         trainer.progress, trainer.auxiliary = progress, auxiliary
+        trainer.anticipation = config.anticipatory_routing
         trainer.train()

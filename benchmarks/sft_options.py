@@ -20,7 +20,7 @@ from posttrain.errors import RunFailed
 from posttrain.files import atomic_write
 from posttrain.observe.environment import describe_environment
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def stage(rate: float, optimizer: str = "muon", **options: Any) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_v4.yaml"))
     parser.add_argument("--domain", default="arithmetic")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", help="default: all")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")

@@ -1,4 +1,4 @@
-"""Routers in training: frozen, or chosen by an earlier model (docs/routing.md)."""
+"""Routers in training: frozen, or chosen by an earlier model (docs/auxiliary.md)."""
 
 from __future__ import annotations
 

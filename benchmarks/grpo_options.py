@@ -1,7 +1,8 @@
 """`python -m benchmarks.grpo_options`: optimizers and frozen routers in GRPO, at equal samples.
 
 One warm base model, then the same GRPO stage from it in each variant in turn, on the processes of a recipe. Writes
-grpo_options.json (the mean reward of every step) and grpo_options.svg.
+grpo_options.json (the mean reward of every step) and grpo_options.svg. An interrupted comparison goes on where it was
+when it is started again with the same settings: the base model comes out the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.async_training import DOMAIN, accuracy
+from benchmarks.async_training import accuracy
 from benchmarks.sft_options import smooth, spread
 from posttrain.cluster import start_cluster
 from posttrain.data import load_domains
@@ -40,8 +41,10 @@ def stage(name: str, rate: float, **options: Any) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"{name} {rate:g}": stage(name, rate) for name in ("adamw", "muon") for rate in (3e-4, 1e-3, 3e-3)},
+    **{f"adamw {rate:g}": stage("adamw", rate) for rate in (1e-4, 3e-4, 1e-3)},
+    **{f"muon {rate:g}": stage("muon", rate) for rate in (3e-4, 1e-3, 3e-3)},
     "muon 0.001, router frozen": stage("muon", 1e-3, freeze_router=True),
+    "adamw 0.003, LoRA of rank 8": stage("adamw", 3e-3, lora={"rank": 8, "alpha": 16}),
 }
 
 
@@ -49,7 +52,8 @@ def main() -> None:
     """Compare, print a table, write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo_options", description=__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_v4.yaml"))
-    parser.add_argument("--warmup", type=int, default=150, help="SFT steps of the base model")
+    parser.add_argument("--domain", default="counting")
+    parser.add_argument("--warmup", type=int, default=40, help="SFT steps of the base model")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=32, help="prompts in one step, each answered 8 times")
     parser.add_argument("--seeds", type=int, default=3)
@@ -57,14 +61,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of the results")
     arguments = parser.parse_args()
-    results = compare(arguments)
+    file = arguments.output / "grpo_options.json"
+    results = compare(arguments, file)
     show(results)
-    atomic_write(arguments.output / "grpo_options.json", json.dumps(results) + "\n")
-    plot(results, arguments.output / "grpo_options.svg")
+    plot(results, file.with_suffix(".svg"))
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every variant with every seed."""
+def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """Every variant with every seed; runs that `file` has are not run again."""
+    settings = {name: str(getattr(arguments, name)) for name in ("recipe", "domain", "warmup", "steps", "prompts")}
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    results = known if known.get("settings") == settings else {"schema": 1, "settings": settings, "runs": []}
+    results["environment"] = describe_environment()
     changes = ["cluster.rollout_workers=1", "cluster.trainers=1", "cluster.dashboard=false"]
     recipe = load_recipe(arguments.recipe, [*changes, f"stages.base.steps={arguments.warmup}"])
     began = time.monotonic()
@@ -76,23 +84,17 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         with start_cluster(recipe, run.path / "engine", run.path) as cluster:
             work = Work(recipe, run, domains, tokenizer, cluster)
             assert recipe.stages.base is not None
-            base = run_sft(work, "base", recipe.stages.base, [DOMAIN], initial)
-            before = accuracy(work, base, 1)
-            runs = []
+            base = run_sft(work, "base", recipe.stages.base, [arguments.domain], initial)
+            results["accuracy_before"] = accuracy(work, base, 1, arguments.domain)
             for seed in range(arguments.seeds):
                 for variant in arguments.variants:
-                    if time.monotonic() - began < 60 * arguments.minutes:
-                        found = measure(work, arguments, base, variant, seed)
-                        runs.append({"variant": variant, "seed": seed, **found})
-                        print(variant, seed, f"{100 * found['accuracy']:.1f} %", flush=True)
-    settings = {name: str(value) for name, value in vars(arguments).items() if name != "output"}
-    return {
-        "schema": 1,
-        "environment": describe_environment(),
-        "settings": settings,
-        "accuracy_before": before,
-        "runs": runs,
-    }
+                    done = any((one["variant"], one["seed"]) == (variant, seed) for one in results["runs"])
+                    if done or time.monotonic() - began > 60 * arguments.minutes:
+                        continue
+                    found = measure(work, arguments, base, variant, seed)
+                    results["runs"].append({"variant": variant, "seed": seed, **found})
+                    atomic_write(file, json.dumps(results) + "\n")
+    return results
 
 
 def measure(work: Work, arguments: argparse.Namespace, base: Path, variant: str, seed: int) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def measure(work: Work, arguments: argparse.Namespace, base: Path, variant: str,
         kind="grpo", steps=arguments.steps, prompts_per_step=arguments.prompts, group_size=8, **VARIANTS[variant]
     )
     name = f"grpo/{seed}"  # the same in every variant: the same prompts and random numbers
-    problems = draw(work, name, DOMAIN, config.steps * config.prompts_per_step)
+    problems = draw(work, name, arguments.domain, config.steps * config.prompts_per_step)
     client, started = work.cluster.client(), time.time()
     job = GrpoJob(
         stage=name,
@@ -111,7 +113,7 @@ def measure(work: Work, arguments: argparse.Namespace, base: Path, variant: str,
         checkpoint=str(base),
         output=str(work.run.path / "checkpoints" / f"{seed}-{list(VARIANTS).index(variant)}"),
         prompts=prompts_of(work, problems),
-        max_new_tokens=work.recipe.domains[DOMAIN].max_new_tokens,
+        max_new_tokens=work.recipe.domains[arguments.domain].max_new_tokens,
         reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems),
         rollout=work.recipe.rollout,
     )
@@ -121,7 +123,7 @@ def measure(work: Work, arguments: argparse.Namespace, base: Path, variant: str,
         "rewards": [one["metrics"]["reward"] for one in lines],
         "largest_difference": result.max_abs_logprob_diff,
         "k3": result.k3,
-        "accuracy": accuracy(work, Path(result.checkpoint), (client.weight_version() or 0) + 1),
+        "accuracy": accuracy(work, Path(result.checkpoint), (client.weight_version() or 0) + 1, arguments.domain),
     }
 
 

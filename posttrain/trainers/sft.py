@@ -82,14 +82,11 @@ def mixes_sequences(model: PreTrainedModel) -> bool:
 
     Models with recurrent layers, for one, may read a row through whatever its positions are.
     """
-    length, vocabulary = 8, model.get_output_embeddings().weight.shape[0]
-    device = model.get_output_embeddings().weight.device
-    first, other, second = torch.arange(3 * length, device=device).view(3, length) % vocabulary
-    positions_BT = torch.arange(length, device=device).repeat(2)[None]
-    logits_2TV = []
-    for before in (first, other):
-        row_BT = torch.cat((before, second))[None]
-        logits_2TV.append(model(input_ids=row_BT, position_ids=positions_BT, use_cache=False).logits[0, length:])
+    length, head_VH = 8, model.get_output_embeddings().weight
+    first, other, second = torch.arange(3 * length, device=head_VH.device).view(3, length) % len(head_VH)
+    rows_2T = torch.stack([torch.cat((before, second)) for before in (first, other)])
+    positions_2T = torch.arange(length, device=head_VH.device).repeat(2, 2)
+    logits_2TV = model(input_ids=rows_2T, position_ids=positions_2T, use_cache=False).logits[:, length:]
     return bool((logits_2TV[0] - logits_2TV[1]).abs().max() > 1e-3 * logits_2TV[0].std())
 
 

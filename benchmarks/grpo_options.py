@@ -1,7 +1,7 @@
 """`python -m benchmarks.grpo_options`: optimizers and frozen routers in GRPO, at equal samples.
 
 One warm base model, then the same GRPO stage from it in each variant in turn, on the processes of a recipe. Writes
-grpo_options.json (the mean reward of every step) and grpo_options.svg. An interrupted comparison goes on where it was
+grpo_options.json (the mean reward of every step) and grpo_options.png. An interrupted comparison goes on where it was
 when it is started again with the same settings: the base model comes out the same.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
     file = arguments.output / "grpo_options.json"
     results = compare(arguments, file)
     show(results)
-    plot(results, file.with_suffix(".svg"))
+    plot(results, file.with_suffix(".png"))
 
 
 def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     axis.set(xlabel="step", ylabel="mean reward")
     axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

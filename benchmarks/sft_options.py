@@ -1,7 +1,7 @@
 """`python -m benchmarks.sft_options optimizers|routing`: options of SFT against each other at equal steps.
 
 The recipe's model from random weights, on one domain; a variant and the next see the same batches for the same seed.
-Writes NAME.json (every loss of every run) and NAME.svg into the output directory. An interrupted comparison goes on
+Writes NAME.json (every loss of every run) and NAME.png into the output directory. An interrupted comparison goes on
 where it was when it is started again with the same settings.
 """
 
@@ -20,7 +20,7 @@ from posttrain.errors import RunFailed
 from posttrain.files import atomic_write
 from posttrain.observe.environment import describe_environment
 
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def stage(rate: float, optimizer: str = "muon", **options: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
     "optimizers": {f"{name} {rate:g}": stage(rate, name) for name in ("adamw", "muon") for rate in RATES},
     "routing": {
         f"{name}, rate {rate:g}": stage(rate, **options)
-        for rate in (4e-3, 1.6e-2)
+        for rate in (4e-3, 1.6e-2, 6.4e-2)
         for name, options in {
             "as it is": {},
             "router frozen": {"freeze_router": True},
@@ -49,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sft_options", description=__doc__)
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_v4.yaml"))
-    parser.add_argument("--domain", default="arithmetic")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--domain", default="counting")
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", help="default: all")
@@ -60,7 +60,7 @@ def main() -> None:
     file = arguments.output / f"{arguments.comparison}.json"
     results = compare(arguments, file)
     show(results)
-    draw(results, file.with_suffix(".svg"))
+    draw(results, file.with_suffix(".png"))
 
 
 def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
         axis.legend(fontsize=7, frameon=False)
     axes[0][0].set_ylabel("loss, nats a token")
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=110)
 
 
 def smooth(losses: Sequence[float], window: int = 10) -> list[float]:

@@ -183,10 +183,10 @@ def measure(work: Work, arguments: argparse.Namespace, base: Path, mode: str, se
     }
 
 
-def accuracy(work: Work, checkpoint: Path, version: int) -> float:
+def accuracy(work: Work, checkpoint: Path, version: int, domain: str = DOMAIN) -> float:
     """pass@1 on the held-out problems."""
     recipe: Recipe = work.recipe
-    problems = work.domains[DOMAIN].holdout
+    problems = work.domains[domain].holdout
     client = work.cluster.client()
     client.load_checkpoint(checkpoint, version)
     rewards = DomainRewards(recipe, str(work.run.tokenizer_path), problems)

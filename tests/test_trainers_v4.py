@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,6 +58,17 @@ def test_muon_takes_apart_what_v4_stacks(model: DeepseekV4ForCausalLM) -> None:
     for name in ("embed.weight", "layers.1.attn.compressor.ape", "layers.1.hc_attn.base", "layers.1.attn.attn_sink"):
         assert f"model.{name}" in others
     assert "lm_head.weight" in others
+
+
+def test_adamw_keeps_what_the_report_gives_it_and_tables_over_positions(model: DeepseekV4ForCausalLM) -> None:
+    """Embedding, head, norms, mHC's static biases and gates (report §5.5); beyond these, sinks and position biases."""
+    ends = {
+        re.sub(r"^.*?(attn_sink|norm\.weight|ape|(hc_head_|hc_(attn|ffn)\.)(base|scale))$", r"\1", name)
+        for name, parameter in model.named_parameters()
+        if not is_muon_matrix(model, name, parameter)
+    }
+    sites = {f"hc_{site}{part}" for site in ("head_", "attn.", "ffn.") for part in ("base", "scale")}
+    assert ends == {"model.embed.weight", "lm_head.weight", "norm.weight", "attn_sink", "ape", *sites}
 
 
 def test_muon_trains_it(model: DeepseekV4ForCausalLM) -> None:

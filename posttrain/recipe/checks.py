@@ -56,6 +56,7 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
         if stage.conversations is not None:
             key = (*split_key(stage_key), "conversations", "jsonl")
             _add(checked, key, _file(stage.conversations.jsonl, _base(document, key)))
+    checked.problems += _lora_targets(recipe)
     return checked
 
 
@@ -110,6 +111,19 @@ def _model(recipe: Recipe, document: Document) -> Iterator[tuple[KeyPath, str | 
         if value is not None:
             key: KeyPath = ("model", name)
             yield key, _model_files(value, _base(document, key), files)
+
+
+def _lora_targets(recipe: Recipe) -> Iterator[Problem]:
+    """The targets of LoRA are ones of our own model; those of another's are known when it is loaded."""
+    from posttrain.models.deepseek_v4.presets import LORA_TARGETS
+
+    for key, stage in recipe.stages_by_key().items():
+        targets = stage.lora.targets if stage.lora is not None and recipe.model.family == "deepseek_v4" else None
+        for index, name in enumerate(targets or []):
+            if name not in LORA_TARGETS:
+                where = (*split_key(f"stages.{key}.lora.targets"), index)
+                found = f"no target {name!r}{did_you_mean(name, LORA_TARGETS)}"
+                yield Problem(where, found, choices(LORA_TARGETS, "targets"))
 
 
 def _model_files(value: str, base: Path, files: tuple[str, ...]) -> str | Path | None:

@@ -274,6 +274,16 @@ class SftAuxiliaryConfig(AuxiliaryConfig):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters instead of full training: `W + (alpha / rank) B A`, of which A and B learn (docs/lora.md)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    targets: list[str] | None = Field(None, min_length=1)
+    """Which matrices have adapters. Family deepseek_v4: of wq_a, wq_b, wkv, wo_a, wo_b, compressor, experts and
+    shared_experts, by default all but compressor. Family hf: names of linear layers, by default all but the head."""
+
+
 class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
@@ -284,7 +294,15 @@ class SftStage(Section):
     max_length: int = Field(256, ge=8)
     conversations: ConversationsConfig | None = None
     """What is learned instead of the domains' problems: every turn of the assistant."""
+    packing: bool = False
+    """Lay a batch's examples end to end instead of padding them; no token sees another example, no loss changes."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
+    """Train adapters alone; engines and later stages get them merged. Default: every parameter."""
+    freeze_router: bool = False
+    """Leave the routers' matrices as they are."""
+    anticipatory_routing: int = Field(0, ge=0)
+    """V4's: tokens go to the experts that the model of so many updates before chooses; 0: the current model."""
     auxiliary: SftAuxiliaryConfig = SftAuxiliaryConfig()
 
 
@@ -354,6 +372,8 @@ class GrpoStage(Section):
     """V3.2's keep routing: the trainer sends every token to the experts that it went to in the engine."""
     importance: ImportanceConfig = ImportanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
+    lora: LoraConfig | None = None
+    freeze_router: bool = False
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
     def for_domain(self, domain: str) -> GrpoStage:
@@ -387,6 +407,8 @@ class OpdStage(Section):
     shares: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Share of each domain among the samples; default: equal."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    lora: LoraConfig | None = None
+    freeze_router: bool = False
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
 
@@ -487,8 +509,8 @@ class Recipe(Section):
             raise _wrong(
                 "rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree"
             )
-        if self.model.family == "hf":
-            self._check_no_auxiliary()
+        self._check_routers()
+        self._check_lora()
         for name, domain_config in self.domains.items():
             self._check_sizes(name, domain_config)
         return self
@@ -509,19 +531,42 @@ class Recipe(Section):
     def _grpo_stages(self) -> list[tuple[str, GrpoStage]]:
         return [(key, stage) for key, stage in self._experts_by_key().items() if isinstance(stage, GrpoStage)]
 
-    def _check_no_auxiliary(self) -> None:
-        """Indexers and biased routers are parts of this project's own model."""
-        stages: dict[str, SftStage | GrpoStage | OpdStage | None] = {
-            "base": self.stages.base,
-            "student": self.stages.student,
-            **self._experts_by_key(),
-        }
-        for key, stage in stages.items():
-            if stage is not None and stage.auxiliary.any_on:
-                raise _wrong(
-                    f"stages.{key}.auxiliary",
-                    "trains parts that only `model.family: deepseek_v4` has; leave it out for family hf",
-                )
+    def stages_by_key(self) -> dict[str, SftStage | GrpoStage | OpdStage]:
+        """The stages as they are written, under their keys below `stages`."""
+        stages = {"base": self.stages.base, "student": self.stages.student, **self._experts_by_key()}
+        return {key: stage for key, stage in stages.items() if stage is not None}
+
+    def _check_routers(self) -> None:
+        """Indexers and biased routers are parts of this project's own model; a frozen router has no objectives."""
+        for key, stage in self.stages_by_key().items():
+            options = {
+                "auxiliary": stage.auxiliary.any_on,
+                "freeze_router": stage.freeze_router,
+                "anticipatory_routing": isinstance(stage, SftStage) and stage.anticipatory_routing,
+            }
+            for option, on in options.items():
+                if on and self.model.family == "hf":
+                    raise _wrong(
+                        f"stages.{key}.{option}",
+                        "is about parts that only `model.family: deepseek_v4` has; leave it out for family hf",
+                    )
+            for objective in ("balance", "bias_update"):
+                if stage.freeze_router and getattr(stage.auxiliary, objective):
+                    raise _wrong(f"stages.{key}.auxiliary.{objective}", "trains routers that `freeze_router` freezes")
+
+    def _check_lora(self) -> None:
+        """Adapters alone learn, by AdamW."""
+        for key, stage in self.stages_by_key().items():
+            if stage.lora is None:
+                continue
+            if stage.optimizer.name == "muon":
+                raise _wrong(f"stages.{key}.optimizer.name", "the factors of `lora` are trained by adamw; set adamw")
+            for part in ("indexer", "bias_update"):
+                if getattr(stage.auxiliary, part):
+                    raise _wrong(
+                        f"stages.{key}.auxiliary.{part}",
+                        "changes weights of the base model; with `lora` these stay as they are",
+                    )
 
     def _check_sizes(self, name: str, domain: DomainConfig) -> None:
         for index, hook in enumerate(self.evaluation):

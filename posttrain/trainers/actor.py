@@ -83,6 +83,7 @@ class TrainerActor:
         from transformers import set_seed
 
         from posttrain.trainers.generation import derive_seed
+        from posttrain.trainers.lora import add_adapters
         from posttrain.trainers.models import load_model, load_tokenizer, save_checkpoint
         from posttrain.trainers.progress import Progress
 
@@ -91,6 +92,8 @@ class TrainerActor:
         seed = derive_seed(self.recipe.seed, job.stage)
         set_seed(seed)
         model = load_model(self.recipe.model.family, job.checkpoint)
+        if job.config.lora is not None:
+            add_adapters(model, job.config.lora, job.stage)
         tokenizer = load_tokenizer(job.checkpoint)
         progress = Progress(self.log, job.stage, job.config.steps, updates_per_step)
         outcome = train(model, tokenizer, seed, progress)

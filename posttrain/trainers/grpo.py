@@ -35,6 +35,7 @@ from posttrain.trainers.generation import Ask, Client, Group, RolloutGeneration,
 from posttrain.trainers.jobs import GrpoJob, Reward
 from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
+from posttrain.trainers.router import frozen_router
 from posttrain.trainers.settings import endless, training_arguments
 from posttrain.trainers.trl_seam import Batch, GroupRelativeTrainer, GRPOConfig
 from rollouts.environments import with_episodes
@@ -241,6 +242,7 @@ def train_grpo(
     reference = copy.deepcopy(model) if config.beta else None
     with (
         tempfile.TemporaryDirectory() as scratch,
+        frozen_router(model, config.freeze_router),
         auxiliary_objectives(model, config.auxiliary, progress, job.stage) as auxiliary,
     ):
         callbacks: list[TrainerCallback] = [*([auxiliary] if auxiliary else []), progress]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from posttrain.errors import BadInput
 from posttrain.files import atomic_directory
 from posttrain.kernels.gradients import accumulate_in_place
+from posttrain.trainers.lora import has_adapters, merged_state, save_adapters
 
 
 def load_model(family: str, path: str | Path) -> PreTrainedModel:
@@ -41,9 +42,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write model and tokenizer to the directory `path`, which appears only when it is complete."""
+    """Write model and tokenizer to the directory `path`, which appears only when it is complete.
+
+    Adapters are merged into the weights, so that whatever reads a checkpoint needs not know of them, and are saved in
+    the directory `adapter` beside.
+    """
     with atomic_directory(path) as directory:
-        model.save_pretrained(directory)
+        if has_adapters(model):
+            model.save_pretrained(directory, state_dict=merged_state(model))
+            save_adapters(model, directory / "adapter")
+        else:
+            model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 
@@ -64,7 +73,11 @@ def publishable_weights(model: PreTrainedModel) -> dict[str, np.ndarray | torch.
     """The weights under the names that a sampling engine loads, as views of the live parameters (no copy).
 
     A model whose engine uses other names says so in `engine_state_dict()`. bf16, which numpy lacks, stays a tensor.
+    Weights with adapters come merged, as tensors of their own.
     """
-    named = model.engine_state_dict() if hasattr(model, "engine_state_dict") else model.state_dict()
+    if has_adapters(model):
+        named = merged_state(model)
+    else:
+        named = model.engine_state_dict() if hasattr(model, "engine_state_dict") else model.state_dict()
     weights = {name: tensor.detach().cpu() for name, tensor in named.items()}
     return {name: tensor if tensor.dtype is torch.bfloat16 else tensor.numpy() for name, tensor in weights.items()}

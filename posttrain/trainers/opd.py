@@ -33,6 +33,7 @@ from posttrain.trainers.jobs import OpdJob, Prompt, Reward
 from posttrain.trainers.mismatch import LogprobDifference
 from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
+from posttrain.trainers.router import frozen_router
 from posttrain.trainers.settings import cycle, training_arguments
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
 from rollouts.environments import with_episodes
@@ -210,6 +211,7 @@ def train_opd(
     longest = max(job.max_new_tokens[domain] for domain in domains)
     with (
         tempfile.TemporaryDirectory() as scratch,
+        frozen_router(model, config.freeze_router),
         auxiliary_objectives(model, config.auxiliary, progress, job.stage) as auxiliary,
     ):
         trainer = OpdTrainer(

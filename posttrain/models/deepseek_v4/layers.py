@@ -35,6 +35,14 @@ class Linear(nn.Linear):
         return kernels.linear(input.reshape(-1, input.shape[-1]), self.weight).view(*input.shape[:-1], -1)
 
 
+class GroupedLinear(Linear):
+    """Linear layers stacked along the rows, each for its own group of features."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[T, groups, in]` to `[T, groups, out]`."""
+        return kernels.grouped_linear(input, self.weight.unflatten(0, (input.shape[1], -1)))
+
+
 class RMSNorm(nn.Module):
     """RMSNorm with a weight."""
 
@@ -204,7 +212,7 @@ class Attention(nn.Module):
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
         self.wkv = Linear(config.hidden_size, self.head_dim)
         self.kv_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.wo_a = Linear(self.heads * self.head_dim // self.groups, self.groups * config.o_lora_rank)
+        self.wo_a = GroupedLinear(self.heads * self.head_dim // self.groups, self.groups * config.o_lora_rank)
         self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
         self.attn_sink = nn.Parameter(torch.zeros(self.heads))
         if self.kind != SLIDING:
@@ -266,8 +274,7 @@ class Attention(nn.Module):
         if self.kind == SPARSE and (record := recording()) is not None and record.indexer:
             self._train_indexer(record, x_TH, q_latent_TL, q_THD, sources, rope, past)
         out_THD = kernels.apply_rope(out_THD, rope.cos_TR, rope.sin_TR, inverse=True)
-        grouped_TGI = out_THD.reshape(len(out_THD), self.groups, -1)
-        latent_TGO = kernels.grouped_linear(grouped_TGI, self.wo_a.weight.unflatten(0, (self.groups, -1)))
+        latent_TGO = self.wo_a(out_THD.reshape(len(out_THD), self.groups, -1))
         return self.wo_b(latent_TGO.flatten(1))
 
 
@@ -314,6 +321,14 @@ class ExpertWeights(nn.Module):
         self.w2 = nn.Parameter(torch.empty(*lead, hidden, inner))
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
 
+    def forward(
+        self, x_TH: Tensor, limit: float, experts_TK: Tensor | None = None, weights_TK: Tensor | None = None
+    ) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`: by these experts and weights, or by the only one."""
+        if experts_TK is None or weights_TK is None:
+            return kernels.swiglu_mlp(x_TH, *self.matrices(), limit)
+        return kernels.moe_experts(x_TH, experts_TK, weights_TK, *self.matrices(), limit)
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         """`w13` and `w2` as tokens meet them."""
         return (self._rounded("w13"), self._rounded("w2")) if self.fp4 else (self.w13, self.w2)
@@ -353,8 +368,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_TH: Tensor, tokens_T: Tensor | RoutedTokens) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
         experts_TK, weights_TK = self.gate(x_TH, tokens_T)
-        routed = kernels.moe_experts(x_TH, experts_TK, weights_TK, *self.experts.matrices(), self.limit)
-        return routed + kernels.swiglu_mlp(x_TH, self.shared_experts.w13, self.shared_experts.w2, self.limit)
+        routed = self.experts(x_TH, self.limit, experts_TK, weights_TK)
+        return routed + self.shared_experts(x_TH, self.limit)
 
 
 class HyperConnection(nn.Module):

@@ -1,4 +1,4 @@
-"""Model configurations that a recipe can name. No torch here: recipes are checked without it."""
+"""What a recipe can name of the model: configurations, targets of LoRA. No torch: recipes are checked without it."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
 }
+
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    **{name: (f"attn.{name}.weight",) for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")},
+    "compressor": ("attn.compressor.wkv.weight", "attn.compressor.wgate.weight"),
+    "experts": ("ffn.experts.w13", "ffn.experts.w2"),
+    "shared_experts": ("ffn.shared_experts.w13", "ffn.shared_experts.w2"),
+}
+"""For each target of LoRA the parameters that get adapters, as the ends of their names."""
+
+LORA_DEFAULT = [name for name in LORA_TARGETS if name != "compressor"]

@@ -8,10 +8,16 @@ Layers that route by token id need no replay and take none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from posttrain.models.deepseek_v4.model import DeepseekV4Model
 
 UNKNOWN = -1
 """Instead of an expert's number: the layer's own choice."""
@@ -52,3 +58,18 @@ def check_routes(routes_BSLK: Tensor, tokens_BS: Tensor, layers: int, k: int, ex
         raise ValueError(f"routes have shape {tuple(routes_BSLK.shape)}; [batch, length, layers, k] is {expected}")
     if routes_BSLK.numel() and not (int(routes_BSLK.min()) >= UNKNOWN and int(routes_BSLK.max()) < experts):
         raise ValueError(f"routes name experts outside 0 to {experts - 1}")
+
+
+@contextmanager
+def chosen_experts(model: DeepseekV4Model) -> Iterator[list[Tensor]]:
+    """The experts `[T, k]` that each layer uses in a forward pass, in the layers' order; empty before."""
+    chosen: list[Tensor] = []
+    hooks = [
+        layer.ffn.gate.register_forward_hook(lambda gate, inputs, output: chosen.append(output[0]))
+        for layer in model.layers
+    ]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,171 @@
+"""`python -m benchmarks.grpo_options`: optimizers and frozen routers in GRPO, at equal samples.
+
+One warm base model, then the same GRPO stage from it in each variant in turn, on the processes of a recipe. Writes
+grpo_options.json (the mean reward of every step) and grpo_options.png. An interrupted comparison goes on where it was
+when it is started again with the same settings: the base model comes out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.async_training import accuracy
+from benchmarks.sft_options import smooth, spread
+from posttrain.cluster import start_cluster
+from posttrain.data import load_domains
+from posttrain.files import atomic_write
+from posttrain.observe.environment import describe_environment
+from posttrain.observe.metrics import read_metrics
+from posttrain.recipe import load_recipe
+from posttrain.recipe.schema import GrpoStage
+from posttrain.rundir import RunDirectory
+from posttrain.session import describe_engine
+from posttrain.stages.grpo import draw, prompts_of
+from posttrain.stages.initial import initial_checkpoint, tokenizer_for
+from posttrain.stages.scoring import DomainRewards
+from posttrain.stages.sft import run_sft
+from posttrain.stages.work import Work
+from posttrain.trainers.jobs import GrpoJob
+
+
+def stage(name: str, rate: float, **options: Any) -> dict[str, Any]:
+    """Options of the GRPO stage."""
+    return {"optimizer": {"name": name, "lr": rate, "warmup_steps": 5}, **options}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"adamw {rate:g}": stage("adamw", rate) for rate in (1e-4, 3e-4, 1e-3)},
+    **{f"muon {rate:g}": stage("muon", rate) for rate in (3e-4, 1e-3, 3e-3)},
+    "muon 0.001, router frozen": stage("muon", 1e-3, freeze_router=True),
+    "adamw 0.003, LoRA of rank 8": stage("adamw", 3e-3, lora={"rank": 8, "alpha": 16}),
+}
+
+
+def main() -> None:
+    """Compare, print a table, write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo_options", description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_v4.yaml"))
+    parser.add_argument("--domain", default="counting")
+    parser.add_argument("--warmup", type=int, default=40, help="SFT steps of the base model")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=32, help="prompts in one step, each answered 8 times")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of the results")
+    arguments = parser.parse_args()
+    file = arguments.output / "grpo_options.json"
+    results = compare(arguments, file)
+    show(results)
+    plot(results, file.with_suffix(".png"))
+
+
+def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """Every variant with every seed; runs that `file` has are not run again."""
+    settings = {name: str(getattr(arguments, name)) for name in ("recipe", "domain", "warmup", "steps", "prompts")}
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    results = known if known.get("settings") == settings else {"schema": 1, "settings": settings, "runs": []}
+    results["environment"] = describe_environment()
+    changes = ["cluster.rollout_workers=1", "cluster.trainers=1", "cluster.dashboard=false"]
+    recipe = load_recipe(arguments.recipe, [*changes, f"stages.base.steps={arguments.warmup}"])
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="grpo-options-") as directory:
+        run = RunDirectory.create(directory, None, recipe)
+        domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
+        initial = initial_checkpoint(recipe, run, tokenizer)
+        describe_engine(recipe, initial, run.path / "engine")
+        with start_cluster(recipe, run.path / "engine", run.path) as cluster:
+            work = Work(recipe, run, domains, tokenizer, cluster)
+            assert recipe.stages.base is not None
+            base = run_sft(work, "base", recipe.stages.base, [arguments.domain], initial)
+            results["accuracy_before"] = accuracy(work, base, 1, arguments.domain)
+            for seed in range(arguments.seeds):
+                for variant in arguments.variants:
+                    done = any((one["variant"], one["seed"]) == (variant, seed) for one in results["runs"])
+                    if done or time.monotonic() - began > 60 * arguments.minutes:
+                        continue
+                    found = measure(work, arguments, base, variant, seed)
+                    results["runs"].append({"variant": variant, "seed": seed, **found})
+                    atomic_write(file, json.dumps(results) + "\n")
+    return results
+
+
+def measure(work: Work, arguments: argparse.Namespace, base: Path, variant: str, seed: int) -> dict[str, Any]:
+    """One stage from the base model: the rewards of its steps, and the accuracy that it ends with."""
+    import ray
+
+    config = GrpoStage(
+        kind="grpo", steps=arguments.steps, prompts_per_step=arguments.prompts, group_size=8, **VARIANTS[variant]
+    )
+    name = f"grpo/{seed}"  # the same in every variant: the same prompts and random numbers
+    problems = draw(work, name, arguments.domain, config.steps * config.prompts_per_step)
+    client, started = work.cluster.client(), time.time()
+    job = GrpoJob(
+        stage=name,
+        config=config,
+        checkpoint=str(base),
+        output=str(work.run.path / "checkpoints" / f"{seed}-{list(VARIANTS).index(variant)}"),
+        prompts=prompts_of(work, problems),
+        max_new_tokens=work.recipe.domains[arguments.domain].max_new_tokens,
+        reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems),
+        rollout=work.recipe.rollout,
+    )
+    result = ray.get(work.cluster.trainers[0].grpo.remote(job, client))
+    lines = [one for one in read_metrics(work.run.path / "metrics.jsonl") if "step" in one and one["time"] > started]
+    return {
+        "rewards": [one["metrics"]["reward"] for one in lines],
+        "largest_difference": result.max_abs_logprob_diff,
+        "k3": result.k3,
+        "accuracy": accuracy(work, Path(result.checkpoint), (client.weight_version() or 0) + 1, arguments.domain),
+    }
+
+
+def by_variant(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each variant."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        found.setdefault(run["variant"], []).append(run)
+    return found
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Means over the seeds, with the lowest and the highest in brackets."""
+    print(f"accuracy before: {100 * results['accuracy_before']:.1f} %")
+    print("| variant | seeds | reward, last 5 steps | held-out accuracy | largest difference trainer − sampler |")
+    print("| --- | --- | --- | --- | --- |")
+    for variant, runs in by_variant(results).items():
+        last = spread([statistics.fmean(run["rewards"][-5:]) for run in runs], "{:.3f}")
+        after = spread([100 * run["accuracy"] for run in runs], "{:.1f} %")
+        largest = max(run["largest_difference"] for run in runs)
+        print(f"| {variant} | {len(runs)} | {last} | {after} | {largest:.1e} |")
+
+
+def plot(results: Mapping[str, Any], file: Path) -> None:
+    """Reward over steps: the mean over the seeds of trailing means over five steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 3.6))
+    for variant, runs in by_variant(results).items():
+        curves = [smooth(run["rewards"], 5) for run in runs]
+        steps = range(1, len(curves[0]) + 1)
+        (line,) = axis.plot(steps, [statistics.fmean(at) for at in zip(*curves, strict=True)], label=variant)
+        low, high = ([pick(at) for at in zip(*curves, strict=True)] for pick in (min, max))
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set(xlabel="step", ylabel="mean reward")
+    axis.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

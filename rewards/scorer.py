@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import BadInput
+from posttrain.importing import import_function
 from rewards import functions
-from rewards.batches import complaint_about, is_batched
+from rewards.batches import complaint_about, is_batched, reasoning_options
 from rewards.options import check_parameters
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Answer:
     """As sampled, with the end token if there was one."""
     finish_reason: str
     """`stop` or `length`."""
+    reasoning_tokens: int | None = None
+    """In modes that think: how many of the tokens are reasoning, which the text is without."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,9 @@ def _values(part: Part, answers: Sequence[Answer]) -> list[float | str]:
 
 
 def _one_value(part: Part, answer: Answer) -> float | str:
+    options = {**part.parameters, **reasoning_options(part.function, answer.reasoning_tokens)}
     try:
-        value = part.function(answer.problem, answer.text, answer.token_ids, answer.finish_reason, **part.parameters)
+        value = part.function(answer.problem, answer.text, answer.token_ids, answer.finish_reason, **options)
     except Exception as error:
         return _words(error)
     return _number_or_complaint(value)
@@ -220,9 +223,9 @@ def _build_part(spec: Spec, where: str) -> Part:
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
         raise BadInput(f"{where}: the weight of {name} is a number of at least 0, not {weight!r}")
-    function = _import_function(name, where) if ":" in name else _known_function(name, where)
+    function = import_function(name, where) if ":" in name else _known_function(name, where)
     if name == "rubric" and isinstance(options.get("judge"), str):
-        options["judge"] = _import_function(options["judge"], where)
+        options["judge"] = import_function(options["judge"], where)
     check_parameters(name, function, options, where)
     return Part(name, function, options, float(weight))
 
@@ -237,13 +240,3 @@ def _known_function(name: str, where: str) -> RewardFunction:
         )
     return getattr(functions, name)
 
-
-def _import_function(path: str, where: str) -> RewardFunction:
-    module_name, _, function_name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the user's module does when it is imported
-        raise BadInput(f"{where}: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise BadInput(f"{where}: {path} is not a function")
-    return function

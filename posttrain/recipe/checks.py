@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import BadInput
+from posttrain.importing import import_function
 from posttrain.recipe.document import Document, KeyPath
 from posttrain.recipe.problems import Problem, choices, did_you_mean
-from posttrain.recipe.schema import DatasetSource, JsonlSource, ReasoningGymSource, Recipe
+from posttrain.recipe.schema import DatasetSource, DomainConfig, JsonlSource, ReasoningGymSource, Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -48,7 +49,7 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
                     _add(checked, (*key, field_name), _file(value, _base(document, (*key, field_name))))
         elif isinstance(domain.source, DatasetSource):
             _add(checked, (*key, "dataset"), _dataset(domain.source.dataset, _base(document, (*key, "dataset"))))
-        checked.problems += _rewards(("domains", name, "reward"), domain.reward)
+        checked.problems += _rewards(("domains", name, "reward"), domain.reward) or _modes(("domains", name), domain)
     return checked
 
 
@@ -173,6 +174,19 @@ def _params_problem(key: KeyPath, task: str, params: dict[str, Any], message: st
             allowed = choices(known, f"parameters of {task}")
             return Problem((*key, name), f"unknown parameter{did_you_mean(name, known)}", allowed)
     return Problem(key, message)
+
+
+def _modes(key: KeyPath, domain: DomainConfig) -> Iterator[Problem]:
+    """The modes' penalties beside the domain's reward, which is good, and the functions that write reasoning."""
+    for effort, mode in domain.modes.items():
+        place = (*key, "modes", effort)
+        for problem in _rewards((), domain.rewards(effort)):
+            yield Problem((*place, "length_penalty"), problem.message, problem.allowed)
+        if mode.reasoning is not None:
+            try:
+                import_function(mode.reasoning, "")
+            except BadInput as error:
+                yield Problem((*place, "reasoning"), str(error).removeprefix(": "))
 
 
 def _rewards(key: KeyPath, specs: list[str | dict[str, dict[str, Any]]]) -> list[Problem]:

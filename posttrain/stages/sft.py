@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 
 from posttrain.data import Problem
+from posttrain.data.efforts import in_shares, with_reasoning
 from posttrain.data.rows import sft_rows
 from posttrain.recipe.schema import SftStage
 from posttrain.stages.work import Work
@@ -23,7 +24,7 @@ def run_sft(work: Work, name: str, config: SftStage, domains: list[str], start: 
 
 
 def _draw(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
-    """`count` training problems, the domains in turn, each problem as seldom as possible."""
+    """`count` training problems, the domains in turn, each problem as seldom as possible, modes in their shares."""
     order = Random(f"{work.recipe.seed}/{stage}")
     drawn: list[list[Problem]] = []
     for domain in domains:
@@ -32,5 +33,6 @@ def _draw(work: Work, stage: str, domains: list[str], count: int) -> list[Proble
         picked: list[Problem] = []
         while len(picked) < share:
             picked += order.sample(train, min(len(train), share - len(picked)))
-        drawn.append(picked)
+        config = work.recipe.domains[domain]
+        drawn.append(with_reasoning(in_shares(picked, config.modes), config))
     return [problem for group in zip(*drawn, strict=True) for problem in group][:count]

@@ -239,4 +239,3 @@ def _known_function(name: str, where: str) -> RewardFunction:
             "package.module:function"
         )
     return getattr(functions, name)
-

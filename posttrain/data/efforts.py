@@ -1,7 +1,7 @@
-"""Problems in V4's reasoning efforts: how each is asked, what SFT shows as reasoning, what of a completion is the answer.
+"""Problems in V4's reasoning efforts: asking, reasoning to show, and what of a completion is the answer.
 
-A recipe's modes are `chat` (non-think), `high` (think-high) and `max` (think-max). A problem that is asked in a mode has
-an id of its own, `<id>@<mode>`: its answers are a group of their own, and are rewarded as that mode says.
+A recipe's modes are `chat` (non-think), `high` (think-high) and `max` (think-max). A problem that is asked in a mode
+has an id of its own, `<id>@<mode>`: its answers are a group of their own, and are rewarded as that mode says.
 """
 
 from __future__ import annotations

@@ -64,13 +64,16 @@ def check_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: 
     """Every problem can be written with the tokenizer and fits the recipe's lengths.
 
     Raises:
-        BadInput: modes without V4's tokens or without reasoning to learn; a character that the tokenizer does not know; an answer longer than `max_new_tokens`; a prompt with
-            `max_new_tokens` beyond `rollout.max_model_len`; an example longer than an SFT stage's `max_length`.
+        BadInput: modes without V4's tokens, or without reasoning for SFT; a character that the tokenizer does not know;
+            an answer longer than `max_new_tokens`; a prompt with `max_new_tokens` beyond `rollout.max_model_len`; an
+            example longer than an SFT stage's `max_length`.
     """
     for name, data in domains.items():
         config = recipe.domains[name]
         if config.modes and not has_v4_layout(tokenizer):
-            raise BadInput(f"domains.{name}.modes: reasoning efforts need a tokenizer with V4's tokens; this one has not")
+            raise BadInput(
+                f"domains.{name}.modes: reasoning efforts need a tokenizer with V4's tokens; this one has not"
+            )
         problems = [*data.train, *data.selection, *data.holdout]
         asked = in_every_effort(problems, config.modes)
         if _sft_stages(recipe, name):

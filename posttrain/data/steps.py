@@ -1,4 +1,4 @@
-"""Reasoning to show for sums of reasoning-gym's `chain_sum`, for `domains.<name>.modes.<mode>.reasoning`."""
+"""Reasoning for sums of two numbers (`basic_arithmetic` with `+` only), as `reasoning` of a mode."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ if TYPE_CHECKING:
     from posttrain.data.problems import Problem
 
 
-def _steps(problem: Problem) -> Iterator[tuple[int, str, int, int]]:
-    """Sum so far, sign, number, and sum with it, for every number from the second on."""
-    first, *rest = problem.entry["metadata"]["expression"].split()
-    total = int(first)
-    for sign, number in zip(rest[::2], map(int, rest[1::2]), strict=True):
-        before, total = total, total + number if sign == "+" else total - number
-        yield before, sign, number, total
+def _columns(problem: Problem) -> Iterator[tuple[str, str, int, int]]:
+    """From the units on: the digits of both numbers, the carry, and their sum."""
+    first, second = problem.entry["metadata"]["expression"].split(" + ")
+    width, carry = max(len(first), len(second)), 0
+    for one, other in zip(reversed(first.zfill(width)), reversed(second.zfill(width)), strict=True):
+        total = int(one) + int(other) + carry
+        yield one, other, carry, total
+        carry = total // 10
 
 
-def partial_sums(problem: Problem) -> str:
-    """`4 - 1 - 7 + 7` → `3,-4,3`: the sum after each number from the second on."""
-    return ",".join(str(total) for *_, total in _steps(problem))
+def column_sums(problem: Problem) -> str:
+    """`769 + 643` → `12,11,14`: what each column comes to, with the carry."""
+    return ",".join(str(total) for *_, total in _columns(problem))
 
 
 def written_sums(problem: Problem) -> str:
-    """`4 - 1 - 7 + 7` → `4-1=3,3-7=-4,-4+7=3`: every step in full."""
-    return ",".join(f"{before}{sign}{number}={total}" for before, sign, number, total in _steps(problem))
+    """`769 + 643` → `9+3+0=12,6+4+1=11,7+6+1=14`: every column in full, the carry last."""
+    return ",".join(f"{one}+{other}+{carry}={total}" for one, other, carry, total in _columns(problem))

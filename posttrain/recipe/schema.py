@@ -196,7 +196,7 @@ class ModeConfig(Section):
     prefix: str | None = Field(None, min_length=1)
     """What stands before everything else, instead of V4's own text (which only `max` has)."""
     reasoning: str | None = None
-    """What SFT shows as reasoning: `package.module:function` of a problem. Default: `reasoning` in the problem's row."""
+    """What SFT shows as reasoning: `package.module:function` of a problem. Default: `reasoning` in the row."""
 
 
 class DomainConfig(Section):
@@ -231,8 +231,8 @@ class DomainConfig(Section):
 
     def rewards(self, effort: Effort | None) -> list[RewardSpec]:
         """The parts of the reward."""
-        penalty = self.modes[effort].length_penalty if effort else None
-        return [*self.reward, *([{name: options for name, options in penalty.items()}] if penalty else [])]
+        penalty = (self.modes[effort].length_penalty if effort else None) or {}
+        return [*self.reward, *({str(name): options} for name, options in penalty.items())]
 
 
 class OptimizerConfig(Section):

@@ -137,7 +137,7 @@ def measure_problems(
     found = {
         effort: _measure_mode(recipe, client, tokenizer, asked, rewards, config) for effort, asked in by_effort.items()
     }
-    modes = {effort: one for effort, one in found.items() if effort is not None}
+    modes: dict[str, Measurement] = {effort: one for effort, one in found.items() if effort is not None}
     return _over_modes(modes, config.samples) if modes else found[None]
 
 

@@ -35,9 +35,8 @@ class DomainRewards:
         stage: str = "",
         log: MetricsLog | None = None,
     ) -> None:
-        self.specs = {
-            (name, effort): config.rewards(effort) for name, config in recipe.domains.items() for effort in config.efforts
-        }
+        domains = recipe.domains.items()
+        self.specs = {(name, effort): config.rewards(effort) for name, config in domains for effort in config.efforts}
         self.tokenizer_path = tokenizer_path
         self.problems = {problem.id: problem for problem in problems}
         self.stage = stage

@@ -17,6 +17,7 @@ from posttrain.data.efforts import in_effort, in_every_effort, in_shares, split_
 from posttrain.data.encoding import encode_text, render_prompt
 from posttrain.data.problems import make_problem
 from posttrain.data.rows import check_problems, sft_rows
+from posttrain.data.sources import read_jsonl
 from posttrain.data.steps import column_sums, written_sums
 from posttrain.data.tokenizer import build_character_tokenizer
 from posttrain.data.v4.templates import MAX_PREFIX
@@ -25,17 +26,22 @@ from posttrain.observe.intervals import accuracy_interval, binomial_interval
 from posttrain.observe.report import build_report, write_report
 from posttrain.observe.status import final_table
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.recipe.schema import GrpoStage, HoldoutEvaluation, ModeConfig, RolloutConfig
+from posttrain.recipe.schema import GrpoStage, HoldoutEvaluation, ModeConfig, OpdStage, RolloutConfig
 from posttrain.stages.evaluate import measure_problems
+from posttrain.stages.grpo import draw, prompts_of
 from posttrain.stages.scoring import DomainRewards, check_rewards
+from posttrain.stages.sft import draw_examples
 from posttrain.trainers.grpo import GrpoTrainer, train_grpo
-from posttrain.trainers.jobs import GrpoJob, Prompt
+from posttrain.trainers.jobs import GrpoJob, OpdJob, Prompt
+from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
 from rollouts.types import Completion, Sampling
 from tests.observe_kit import finished_run, write_run
 from tests.observe_kit import recipe as observed_recipe
 from tests.recipe_kit import recipe_with, write_recipe
-from tests.trainers_kit import LocalClient, Recorder, tiny_model, tiny_tokenizer, tokens
+from tests.test_pipeline_parts import work_of
+from tests.test_trainers_opd import LocalTeachers
+from tests.trainers_kit import LocalClient, Recorder, save, tiny_model, tiny_tokenizer, tokens
 
 TOKENIZER = build_character_tokenizer()
 MODES: dict[str, Any] = {
@@ -116,6 +122,15 @@ def test_sft_learns_reasoning_mark_answer_and_end():
     assert TOKENIZER.decode(row["input_ids"]).startswith("<｜begin▁of▁sentence｜>Think.\n<｜User｜>1 + 2=")
     (plain,) = with_reasoning([in_effort(question(), "chat", config.modes["chat"])], config)
     assert plain.reasoning == ""
+
+
+def test_a_file_brings_its_reasoning_row_by_row(tmp_path: Path):
+    rows = [{"prompt": f"{number}+0=", "answer": str(number), "reasoning": f"{number}"} for number in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recipe_in_modes().domains["sums"]
+    asked = [in_effort(problem, "high", config.modes["high"]) for problem in read_jsonl("sums", str(path), None)]
+    assert [problem.reasoning for problem in with_reasoning(asked, config)] == ["0", "1", "2"]
 
 
 def no_text(problem: Problem) -> Any:
@@ -291,6 +306,42 @@ def test_advantages_are_centred_within_prompt_and_mode(monkeypatch: pytest.Monke
     assert line["completion_length"] == pytest.approx((line["effort/chat/length"] + line["effort/high/length"]) / 2)
 
 
+def test_a_student_is_asked_in_modes_with_their_budgets(tmp_path: Path) -> None:
+    teacher, student = save(tiny_model(1), tmp_path / "teacher"), tiny_model(0)
+    ids = tokens("what?")
+    prompts = [Prompt("d/0@chat", "d", ids, "chat", 2), Prompt("d/0@max", "d", ids, "max", 7)]
+
+    def reward(problem_ids: Sequence[str], *_: Any) -> tuple[list[float], list[dict[str, float]]]:
+        return [float(problem.endswith("max")) for problem in problem_ids], [{}] * len(problem_ids)
+
+    stage = OpdStage(steps=1, batch_size=4)
+    job = OpdJob("student", stage, "", "", {"d": prompts}, {"d": teacher}, {"d": 7}, reward)
+    client, recorder = LocalClient(copy.deepcopy(student)), Recorder()
+    train_opd(student, tiny_tokenizer(), job, client, LocalTeachers(), 3, Progress(recorder, "student", 1))
+    assert sorted(request.sampling.max_tokens for request in client.asked) == [2, 2, 7, 7]
+    (line,) = recorder.lines
+    assert (line["effort/chat/reward"], line["effort/max/reward"], line["reward"]) == (0.0, 1.0, 0.5)
+    assert line["effort/chat/length"] <= 2 < line["effort/max/length"]
+
+
+def test_stages_draw_problems_in_the_shares_of_their_modes(tmp_path: Path) -> None:
+    modes = {"chat": {"share": 2, "max_new_tokens": 5}, "high": {"share": 1, "max_new_tokens": 9}}
+    work, run = work_of(tmp_path, {"domains.sums.modes": modes})
+    problems = [question(f"{number} + 0=", str(number), reasoning="0") for number in range(6)]
+    work.domains["sums"] = DomainData(problems, problems, problems)
+    drawn = draw(work, "expert/sums/grpo", "sums", 6)
+    assert sorted(one.effort for one in drawn) == ["chat"] * 4 + ["high"] * 2  # type: ignore[type-var]
+    assert {one.id.partition("@")[0] for one in drawn} == {problem.id for problem in problems}
+    prompts = prompts_of(work, drawn)
+    assert {(prompt.effort, prompt.max_new_tokens) for prompt in prompts} == {("chat", 5), ("high", 9)}
+    for prompt, problem in zip(prompts, drawn, strict=True):
+        assert TOKENIZER.decode(prompt.token_ids) == render_prompt(problem.messages, problem.mode)
+    shown = draw_examples(work, "base", ["sums", "words"], 24)
+    assert [one.effort for one in shown if one.domain == "sums"].count("high") == 4
+    assert {one.reasoning for one in shown if one.effort == "high"} == {"0"}
+    run.close()
+
+
 # Measuring and reporting
 
 
@@ -332,6 +383,8 @@ def test_a_report_says_accuracy_and_length_of_each_mode(tmp_path: Path, capsys: 
     for record in records:
         if record.get("event") == "evaluated" and record["domain"] == "letters" and record["model"] == "student":
             record["modes"] = {**modes, "broken": {"pass@1": "x"}}
+        if record.get("stage") == "expert/letters/grpo" and "metrics" in record:
+            record["metrics"] |= {"effort/max/length": 40.0, "effort/chat/length": 3.0}
     run = write_run(tmp_path / "run", records, observed_recipe())
     report = build_report(run)
     (student,) = [model for model in report["models"] if model["name"] == "student"]
@@ -345,4 +398,5 @@ def test_a_report_says_accuracy_and_length_of_each_mode(tmp_path: Path, capsys: 
     page = write_report(run).read_text()
     assert "Reasoning efforts on letters" in page and "41.5 tokens" in page
     assert "Reasoning efforts on arithmetic" not in page
+    assert "Completion length by effort" in page and "letters: max" in page and "letters: high" not in page
     assert json.loads((run / "report.json").read_text())["schema"] == report["schema"]

@@ -17,13 +17,13 @@ def run_sft(work: Work, name: str, config: SftStage, domains: list[str], start: 
     """Train on the reference answers of `domains` in equal parts, and return the checkpoint."""
 
     def job(output: str) -> SftJob:
-        rows = sft_rows(work.tokenizer, _draw(work, name, domains, config.steps * config.batch_size))
+        rows = sft_rows(work.tokenizer, draw_examples(work, name, domains, config.steps * config.batch_size))
         return SftJob(stage=name, config=config, checkpoint=str(start), output=output, rows=rows)
 
     return work.stage(name, config.steps, lambda output: work.cluster.trainers[slot].sft.remote(job(output)))
 
 
-def _draw(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
+def draw_examples(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
     """`count` training problems, the domains in turn, each problem as seldom as possible, modes in their shares."""
     order = Random(f"{work.recipe.seed}/{stage}")
     drawn: list[list[Problem]] = []

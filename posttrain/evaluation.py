@@ -60,8 +60,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path, n: int | None = None) 
             for name, asked in problems.items():
                 rewards = DomainRewards(recipe, str(checkpoint), asked)
                 found = measure_problems(recipe, client, tokenizer, asked, rewards, config)
-                n_distinct = len(distinct[name])
-                results[name] = {"pass@1": found.accuracy, "ci95": list(found.interval), "n": n_distinct}
+                results[name] = {"pass@1": found.accuracy, "ci95": list(found.interval), "n": len(distinct[name])}
                 if found.modes:
                     results[name]["modes"] = found.by_mode()
                 if found.reward_errors:

@@ -332,6 +332,8 @@ def test_stages_draw_problems_in_the_shares_of_their_modes(tmp_path: Path) -> No
     drawn = draw(work, "expert/sums/grpo", "sums", 6)
     assert sorted(one.effort for one in drawn) == ["chat"] * 4 + ["high"] * 2  # type: ignore[type-var]
     assert {one.id.partition("@")[0] for one in drawn} == {problem.id for problem in problems}
+    again = [one.id for one in draw(work, "expert/sums/grpo", "sums", 24)]
+    assert len(again) == 12 and len(set(again)) > 6, "in two rounds, and not always in the same mode"
     prompts = prompts_of(work, drawn)
     assert {(prompt.effort, prompt.max_new_tokens) for prompt in prompts} == {("chat", 5), ("high", 9)}
     for prompt, problem in zip(prompts, drawn, strict=True):

@@ -41,10 +41,16 @@ def first_version(work: Work, stage: str) -> int:
 
 
 def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
-    """At most `count` distinct training problems in an order of the stage's own, modes in their shares."""
-    train = work.domains[domain].train
-    drawn = Random(f"{work.recipe.seed}/{stage}/{domain}").sample(train, min(len(train), count))
-    return in_shares(drawn, work.recipe.domains[domain].modes)
+    """At most `count` training problems in an order of the stage's own, each at most once.
+
+    With modes, in their shares, and each at most once for every mode, though by chance in the same mode again.
+    """
+    train, modes = work.domains[domain].train, work.recipe.domains[domain].modes
+    order = Random(f"{work.recipe.seed}/{stage}/{domain}")
+    drawn = order.sample(train, min(len(train), count))
+    while len(drawn) < min(count, len(modes) * len(train)):
+        drawn += order.sample(train, min(len(train), count - len(drawn)))
+    return in_shares(drawn, modes)
 
 
 def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path, slot: int = 0) -> Path:

@@ -256,3 +256,9 @@ def _print_accuracies(results: dict[str, dict[str, Any]]) -> None:
     for domain, cell in results.items():
         low, high = cell["ci95"]
         print(f"{domain}: pass@1 {cell['pass@1']:.1%} (95 % interval {low:.1%} to {high:.1%}, {cell['n']} problems)")
+        for mode, part in cell.get("modes", {}).items():
+            low, high = part["ci95"]
+            print(
+                f"{domain}, mode {mode}: pass@1 {part['pass@1']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+                f"{part['mean_length']:.1f} tokens"
+            )

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.cluster import start_cluster
 from posttrain.data import load_domains
+from posttrain.data.efforts import in_every_effort
 from posttrain.data.encoding import encode_prompt
 from posttrain.recipe import Recipe
 from posttrain.recipe.schema import HoldoutEvaluation
@@ -29,7 +30,8 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path, n: int | None = None) 
         n: problems of each domain; default: the recipe's, whose last evaluation also says how to sample.
 
     Returns:
-        For each domain `pass@1`, `ci95` (95 % interval) and `n`: what the run's report says of the same checkpoint.
+        For each domain `pass@1`, `ci95` (95 % interval) and `n`, and of its modes the same with `mean_length`: what
+        the run's report says of the same checkpoint.
 
     Raises:
         BadInput: a checkpoint that cannot be used; nothing was started then.
@@ -41,10 +43,14 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path, n: int | None = None) 
     config = recipe.evaluation[-1].holdout if recipe.evaluation else HoldoutEvaluation()
     domains = load_domains(recipe)
     check_rewards(recipe, domains)
-    problems = {name: data.holdout[: n or config.n] for name, data in domains.items()}
+    distinct = {name: data.holdout[: n or config.n] for name, data in domains.items()}
+    problems = {name: in_every_effort(asked, recipe.domains[name].modes) for name, asked in distinct.items()}
     for name, asked in problems.items():
-        prompts = [encode_prompt(tokenizer, policy_messages(recipe, problem)) for problem in asked]
-        check_prompts(prompts, recipe.domains[name].max_new_tokens, recipe.rollout.max_model_len, len(tokenizer))
+        for effort in recipe.domains[name].efforts:
+            in_mode = [one for one in asked if one.effort == effort]
+            prompts = [encode_prompt(tokenizer, policy_messages(recipe, one), one.mode) for one in in_mode]
+            new_tokens = recipe.domains[name].new_tokens(effort)
+            check_prompts(prompts, new_tokens, recipe.rollout.max_model_len, len(tokenizer))
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="posttrain-") as directory:
         engine = Path(directory) / "engine"
@@ -56,7 +62,9 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path, n: int | None = None) 
             for name, asked in problems.items():
                 rewards = DomainRewards(recipe, str(checkpoint), asked)
                 found = measure_problems(recipe, client, tokenizer, asked, rewards, config)
-                results[name] = {"pass@1": found.accuracy, "ci95": list(found.interval), "n": len(asked)}
+                results[name] = {"pass@1": found.accuracy, "ci95": list(found.interval), "n": len(distinct[name])}
+                if found.modes:
+                    results[name]["modes"] = found.by_mode()
                 if found.reward_errors:
                     print(f"warning: the reward of {name} failed on {found.reward_errors} answers", file=sys.stderr)
     return results

@@ -39,6 +39,17 @@ def needs(complaint: Complaint) -> Callable[[Function], Function]:
     return mark
 
 
+def counts_reasoning(function: Function) -> Function:
+    """Mark a reward that takes `reasoning_tokens`: how long the reasoning is, in modes that think; else None."""
+    function.counts_reasoning = True  # type: ignore[attr-defined]
+    return function
+
+
+def reasoning_options(function: Callable[..., object], reasoning_tokens: int | None) -> dict[str, int | None]:
+    """What is told to a reward besides the recipe's options."""
+    return {"reasoning_tokens": reasoning_tokens} if getattr(function, "counts_reasoning", False) else {}
+
+
 def complaint_about(function: Callable[..., object], problem: Problem, parameters: Mapping[str, Any]) -> str | None:
     """What keeps a reward from judging any answer to a problem; None: nothing that can be told before."""
     complaint: Complaint | None = getattr(function, "complaint", None)

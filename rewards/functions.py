@@ -25,7 +25,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from rewards.batches import needs
+from rewards.batches import counts_reasoning, needs
 from rewards.code import code as code
 from rewards.rubric import rubric as rubric
 
@@ -197,6 +197,7 @@ def length(
     return -min(1.0, max(0.0, (len(token_ids) - target) / (limit - target)))
 
 
+@counts_reasoning
 def effort_length(
     problem: Problem,
     text: str,
@@ -209,11 +210,12 @@ def effort_length(
     cap: float,
     effort_min: float = 1.0,
     effort: float | None = None,
+    reasoning_tokens: int | None = None,
 ) -> float:
     """DeepSeek-V4.1's length penalty: -min(C, k(b) * tokens / L) with k(b) = k0 * exp(-(b - b_min) / tau).
 
     The harder the model was told to think, the less a token costs. DeepSeek counts reasoning tokens and has b from 1
-    to 100; the coefficients were not published.
+    to 100; the coefficients were not published. Answers without reasoning are counted whole.
 
     Args:
         k0, tau: the penalty's strength at the lowest effort, and the effort over which it falls to 1/e.
@@ -225,7 +227,8 @@ def effort_length(
     asked = problem.entry.get("effort") if effort is None else effort
     if isinstance(asked, bool) or not isinstance(asked, (int, float)):
         raise ValueError(f"the problem's `effort` is a number, not {asked!r}")
-    return -min(cap, k0 * math.exp(-(asked - effort_min) / tau) * len(token_ids) / norm)
+    tokens = len(token_ids) if reasoning_tokens is None else reasoning_tokens
+    return -min(cap, k0 * math.exp(-(asked - effort_min) / tau) * tokens / norm)
 
 
 _NOT_LANGUAGE = re.compile(

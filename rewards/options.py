@@ -52,6 +52,8 @@ def _length(name: str, options: Mapping[str, Any], where: str) -> None:
 
 
 def _effort_length(name: str, options: Mapping[str, Any], where: str) -> None:
+    if "reasoning_tokens" in options:
+        raise BadInput(f"{where}: the reasoning_tokens of effort_length are counted; leave them out")
     for key in ("k0", "tau", "norm", "cap"):
         if not _is_number(options[key], 0):
             raise BadInput(f"{where}: the {key} of effort_length is a number above 0, not {options[key]!r}")

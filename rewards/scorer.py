@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.errors import BadInput
 from posttrain.imports import import_function
 from rewards import functions
-from rewards.batches import complaint_about, is_batched
+from rewards.batches import complaint_about, is_batched, reasoning_options
 from rewards.options import check_parameters
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Answer:
     """As sampled, with the end token if there was one."""
     finish_reason: str
     """`stop` or `length`."""
+    reasoning_tokens: int | None = None
+    """In modes that think: how many of the tokens are reasoning, which the text is without."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,9 @@ def _values(part: Part, answers: Sequence[Answer]) -> list[float | str]:
 
 
 def _one_value(part: Part, answer: Answer) -> float | str:
+    options = {**part.parameters, **reasoning_options(part.function, answer.reasoning_tokens)}
     try:
-        value = part.function(answer.problem, answer.text, answer.token_ids, answer.finish_reason, **part.parameters)
+        value = part.function(answer.problem, answer.text, answer.token_ids, answer.finish_reason, **options)
     except Exception as error:
         return _words(error)
     return _number_or_complaint(value)

@@ -18,6 +18,9 @@ def main(directories: list[str]) -> int:
         return 2
     print(accuracy_table(reports))
     print()
+    if any("modes" in cell for model in reports[0]["models"] for cell in model["eval"].values()):
+        print(effort_table(reports))
+        print()
     print(facts_table(reports))
     return 0
 
@@ -34,14 +37,28 @@ def accuracy_table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def cell(report: Report, name: str, domain: str) -> str:
-    """`87.5 (85.3–89.4)`: pass@1 and its 95 % interval in percent."""
+def effort_table(reports: list[Report]) -> str:
+    """A row for each model, domain and mode, a column for each seed: accuracy, interval, mean tokens."""
+    lines = ["| model | domain | mode | " + " | ".join(f"seed {report['seed']}" for report in reports) + " |"]
+    lines.append("| --- | --- | --- |" + " --- |" * len(reports))
+    for model in reports[0]["models"]:
+        for domain, result in model["eval"].items():
+            for mode in result.get("modes", {}):
+                cells = [cell(report, model["name"], domain, mode) for report in reports]
+                lines.append(f"| {model['name']} | {domain} | {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(report: Report, name: str, domain: str, mode: str | None = None) -> str:
+    """`87.5 (85.3–89.4)`: pass@1 and its 95 % interval in percent; of a mode with the mean tokens of a completion."""
     found = [model for model in report["models"] if model["name"] == name]
     if not found or domain not in found[0]["eval"]:
         return "–"
     result = found[0]["eval"][domain]
+    result = result if mode is None else result["modes"][mode]
     low, high = result["ci95"]
-    return f"{100 * result['pass@1']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+    tokens = "" if mode is None else f", {result['mean_length']:.1f} tokens"
+    return f"{100 * result['pass@1']:.1f} ({100 * low:.1f}–{100 * high:.1f}){tokens}"
 
 
 def facts_table(reports: list[Report]) -> str:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.errors import BadInput
 
 if TYPE_CHECKING:
-    from posttrain.recipe.schema import DomainConfig, Recipe
+    from posttrain.data.v4 import Mode
+    from posttrain.recipe.schema import DomainConfig, Effort, Recipe
 
 Split = Literal["train", "selection", "holdout"]
 
@@ -44,6 +45,12 @@ class Problem:
     answer: str
     entry: dict[str, Any]
     """What the source says of the problem; what the `verifier` reward reads, for generated problems."""
+    effort: Effort | None = None
+    """The recipe's mode that it is asked in; see `posttrain.data.efforts`."""
+    mode: Mode = "chat"
+    """How that is written in V4's layout."""
+    reasoning: str = ""
+    """What SFT shows before the answer, in modes that think."""
 
 
 @dataclass

@@ -111,8 +111,14 @@ def _accuracy(event: Record) -> dict[str, Any]:
     share, n, interval = event["pass@1"], event.get("n"), event.get("ci95")
     if not (isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval))):
         interval = list(binomial_interval(share * n, n)) if is_number(n) and n > 0 and 0 <= share <= 1 else None
-    optional = {key: event[key] for key in ("samples", "mean_length") if is_number(event.get(key))}
-    return {"pass@1": share, "ci95": interval, "n": n, **optional}
+    optional = {key: event[key] for key in ("samples", "mean_length", "truncated") if is_number(event.get(key))}
+    modes = event.get("modes")
+    known = {
+        effort: _accuracy(one)
+        for effort, one in (modes.items() if isinstance(modes, dict) else ())
+        if isinstance(one, dict) and is_number(one.get("pass@1"))
+    }
+    return {"pass@1": share, "ci95": interval, "n": n, **optional, **({"modes": known} if known else {})}
 
 
 def _summary(models: list[dict[str, Any]], domains: list[str]) -> dict[str, Any]:

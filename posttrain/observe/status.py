@@ -88,7 +88,35 @@ def final_table(report: dict[str, Any]) -> Group:
         f"largest log-prob difference {number(report['rollout']['max_abs_logprob_diff'])}",
     ]
     place = Path(report["run_directory"]) / "report.html"
-    return Group(table, Text("; ".join(facts)), Text(f"Report: {place}", no_wrap=True, overflow="ignore"))
+    last = Text(f"Report: {place}", no_wrap=True, overflow="ignore")
+    return Group(table, *_by_effort(report["models"]), Text("; ".join(facts)), last)
+
+
+def _by_effort(models: list[dict[str, Any]]) -> list[Table]:
+    """Accuracy and length in each mode, for every model and every domain that has modes."""
+    rows = [
+        (model["name"], domain, cell["modes"])
+        for model in models
+        for domain, cell in model["eval"].items()
+        if "modes" in cell
+    ]
+    if not rows:
+        return []
+    efforts = list(dict.fromkeys(effort for _, _, modes in rows for effort in modes))
+    table = Table(title=Text("by reasoning effort"), title_justify="left", pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("domain", no_wrap=True)
+    for effort in efforts:
+        table.add_column(Text(effort), justify="right")
+        table.add_column("tokens", justify="right")
+    for name, domain, modes in rows:
+        cells = [text for effort in efforts for text in (_cell(modes.get(effort)), _length(modes.get(effort)))]
+        table.add_row(Text(name), Text(domain), *cells)
+    return [table]
+
+
+def _length(accuracy: dict[str, Any] | None) -> str:
+    return number(accuracy.get("mean_length")) if accuracy else "–"
 
 
 def _cell(accuracy: dict[str, Any] | None) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import BadInput
+from posttrain.imports import import_function
 from posttrain.recipe.conversations import EnvironmentConfig
 from posttrain.recipe.document import Document, KeyPath, split_key
 from posttrain.recipe.problems import Problem, choices, did_you_mean
-from posttrain.recipe.schema import DatasetSource, JsonlSource, ReasoningGymSource, Recipe
+from posttrain.recipe.schema import DatasetSource, DomainConfig, JsonlSource, ReasoningGymSource, Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -49,7 +50,7 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
                     _add(checked, (*key, field_name), _file(value, _base(document, (*key, field_name))))
         elif isinstance(domain.source, DatasetSource):
             _add(checked, (*key, "dataset"), _dataset(domain.source.dataset, _base(document, (*key, "dataset"))))
-        checked.problems += _rewards(("domains", name, "reward"), domain.reward)
+        checked.problems += _rewards(("domains", name, "reward"), domain.reward) or _modes(("domains", name), domain)
         if domain.environment is not None:
             checked.problems += _environment(("domains", name, "environment"), domain.environment)
     for stage_key, stage in recipe.sft_stages().items():
@@ -198,7 +199,6 @@ def _params_problem(key: KeyPath, task: str, params: dict[str, Any], message: st
 
 def _environment(key: KeyPath, config: EnvironmentConfig) -> list[Problem]:
     """What the environment names can be imported, and tools can be tools."""
-    from posttrain.imports import import_function
     from rollouts.environments import named_tool
 
     named: list[tuple[KeyPath, str, Callable[[str, str], Any]]] = [
@@ -215,6 +215,19 @@ def _environment(key: KeyPath, config: EnvironmentConfig) -> list[Problem]:
         except BadInput as error:
             problems.append(Problem(place, str(error).removeprefix(": ")))
     return problems
+
+
+def _modes(key: KeyPath, domain: DomainConfig) -> Iterator[Problem]:
+    """The modes' penalties beside the domain's reward, which is good, and the functions that write reasoning."""
+    for effort, mode in domain.modes.items():
+        place = (*key, "modes", effort)
+        for problem in _rewards((), domain.rewards(effort)):
+            yield Problem((*place, "length_penalty"), problem.message, problem.allowed)
+        if mode.reasoning is not None:
+            try:
+                import_function(mode.reasoning, "")
+            except BadInput as error:
+                yield Problem((*place, "reasoning"), str(error).removeprefix(": "))
 
 
 def _rewards(key: KeyPath, specs: list[str | dict[str, dict[str, Any]]]) -> list[Problem]:

@@ -190,13 +190,34 @@ def _reward_spec(value: Any) -> Any:
     raise _wrong("", "a reward is a name, `package.module:function`, or `{name: {option: value}}`")
 
 
+RewardSpec = Annotated[str | dict[str, dict[str, Any]], BeforeValidator(_reward_spec)]
+
+Effort = Literal["chat", "high", "max"]
+"""V4's reasoning efforts: non-think, think-high, think-max."""
+
+
+class ModeConfig(Section):
+    """How a domain is asked and answered with one reasoning effort (docs/effort.md)."""
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Budget of reasoning and answer together; default: the domain's."""
+    share: float = Field(1.0, gt=0)
+    """Share of the mode among the problems that a stage trains on."""
+    length_penalty: Annotated[
+        dict[Literal["length", "effort_length"], dict[str, Any]] | None, Field(min_length=1, max_length=1)
+    ] = None
+    """A further part of the reward, in this mode only: `length` or `effort_length` with its options."""
+    prefix: str | None = Field(None, min_length=1)
+    """What stands before everything else, instead of V4's own text (which only `max` has)."""
+    reasoning: str | None = None
+    """What SFT shows as reasoning: `package.module:function` of a problem. Default: `reasoning` in the row."""
+
+
 class DomainConfig(Section):
     """One domain: where its problems come from and what counts as a right answer."""
 
     source: Source
-    reward: list[Annotated[str | dict[str, dict[str, Any]], BeforeValidator(_reward_spec)]] = Field(
-        ["exact"], min_length=1
-    )
+    reward: list[RewardSpec] = Field(["exact"], min_length=1)
     train: int = Field(20_000, ge=1)
     """Problems for training (of a file or data set: at most); repeated when a stage needs more."""
     selection: int = Field(256, ge=1)
@@ -210,6 +231,9 @@ class DomainConfig(Section):
     environment: EnvironmentConfig | None = None
     """Tools, or another side of a conversation of several turns; default: one answer to the prompt."""
 
+    modes: dict[Effort, ModeConfig] = {}
+    """The reasoning efforts that the domain is trained and evaluated in; none: answers without reasoning."""
+
     @model_validator(mode="after")
     def _turns_fit(self) -> DomainConfig:
         turn_tokens = self.environment.turn_tokens if self.environment else None
@@ -217,7 +241,30 @@ class DomainConfig(Section):
             raise _wrong(
                 "environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {self.max_new_tokens}"
             )
+        if self.environment is not None and self.modes:
+            raise _wrong(
+                "modes", "a domain has either `modes` or an `environment`: episodes are played without thinking"
+            )
         return self
+
+    @property
+    def efforts(self) -> list[Effort | None]:
+        """The modes' names; None alone for a domain without modes."""
+        return list(self.modes) or [None]
+
+    def new_tokens(self, effort: Effort | None) -> int:
+        """The most tokens of a completion in a mode."""
+        return (self.modes[effort].max_new_tokens if effort else None) or self.max_new_tokens
+
+    @property
+    def longest_completion(self) -> int:
+        """The most tokens of a completion in any mode."""
+        return max(map(self.new_tokens, self.efforts))
+
+    def rewards(self, effort: Effort | None) -> list[RewardSpec]:
+        """The parts of the reward."""
+        penalty = (self.modes[effort].length_penalty if effort else None) or {}
+        return [*self.reward, *({str(name): options} for name, options in penalty.items())]
 
 
 class OptimizerConfig(Section):
@@ -575,11 +622,13 @@ class Recipe(Section):
                     f"evaluation[{index}].holdout.n",
                     f"asks for {hook.holdout.n} held-out problems; domains.{name}.holdout is {domain.holdout}",
                 )
-        if domain.max_new_tokens >= self.rollout.max_model_len:
-            raise _wrong(
-                f"domains.{name}.max_new_tokens",
-                f"leaves no room for a prompt: rollout.max_model_len is {self.rollout.max_model_len}",
-            )
+        for effort in domain.efforts:
+            if domain.new_tokens(effort) >= self.rollout.max_model_len:
+                place = f".modes.{effort}" if effort and domain.modes[effort].max_new_tokens else ""
+                raise _wrong(
+                    f"domains.{name}{place}.max_new_tokens",
+                    f"leaves no room for a prompt: rollout.max_model_len is {self.rollout.max_model_len}",
+                )
 
     def stage_names(self) -> list[str]:
         """The stages in the order in which they can run; also the names of the models that they give."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.data import Problem
+from posttrain.data.efforts import in_every_effort
 from posttrain.data.encoding import encode_prompt, render_prompt
 from posttrain.observe.intervals import accuracy_interval
 from posttrain.recipe import Recipe
-from posttrain.recipe.schema import GateConfig, HoldoutEvaluation
+from posttrain.recipe.schema import Effort, GateConfig, HoldoutEvaluation
 from posttrain.stages.episodes import episodes_of
 from posttrain.stages.scoring import DomainRewards
 from rollouts.environments import EpisodeClient
@@ -41,11 +43,25 @@ class Measurement:
     """Tokens of an answer."""
     reward_errors: int
     """Answers that a reward failed on. They count as wrong."""
+    truncated: float
+    """Share of the answers that were cut off."""
     seconds: float
     transcripts: list[tuple[Problem, str, bool]]
     """Problem, answer, whether it is right."""
+    shares: list[float]
+    """For each problem the share of right answers."""
+    modes: dict[str, Measurement] = field(default_factory=dict)
+    """The same in each of the domain's modes; the whole then is over all of them, each as important as the others."""
     episodes: dict[str, float] = field(default_factory=dict)
     """With an environment: turns, tool calls, tool errors and environment's tokens of an episode, on average."""
+
+    def by_mode(self) -> dict[str, dict[str, Any]]:
+        """Of each mode what the report says."""
+        return {
+            effort: {"pass@1": one.accuracy, "ci95": list(one.interval), "n": len(one.shares),
+                     "mean_length": one.mean_length, "truncated": one.truncated}
+            for effort, one in self.modes.items()
+        }  # fmt: skip
 
 
 def evaluate(work: Work, model: str, checkpoint: Path, slot: int | None = None) -> dict[str, float]:
@@ -88,7 +104,8 @@ def measure(
     if key in work.measured:
         return work.measured[key]
     work.require_going_on()
-    problems = getattr(work.domains[domain], split)[: config.n]
+    distinct = getattr(work.domains[domain], split)[: config.n]
+    problems = in_every_effort(distinct, work.recipe.domains[domain].modes)
     rewards = DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, model, work.run.metrics)
     client = work.cluster.client(slot)
     client.load_checkpoint(checkpoint, (client.weight_version() or 0) + 1)
@@ -97,9 +114,10 @@ def measure(
         _record_transcripts(work, model, found)
     work.run.append_event(
         {"event": "evaluated", "stage": model, "model": model, "checkpoint": str(checkpoint), "domain": domain,
-         "split": split, "sampling": key[-1], "pass@1": found.accuracy, "n": len(problems), "samples": config.samples,
+         "split": split, "sampling": key[-1], "pass@1": found.accuracy, "n": len(distinct), "samples": config.samples,
          "ci95": list(found.interval), "mean_length": found.mean_length, "tokens": found.tokens,
-         "reward_errors": found.reward_errors, "seconds": found.seconds, **found.episodes}
+         "reward_errors": found.reward_errors, "seconds": found.seconds, **found.episodes,
+         **({"modes": found.by_mode()} if found.modes else {})}
     )  # fmt: skip
     work.measured[key] = found.accuracy
     return found.accuracy
@@ -113,13 +131,50 @@ def measure_problems(
     rewards: DomainRewards,
     config: HoldoutEvaluation,
 ) -> Measurement:
-    """Answers of the engines' present weights to problems of one domain.
+    """Answers of the engines' present weights to problems of one domain, in all of its modes or without any.
 
     The random numbers are the same for every model, so that differences are not those of luck.
     """
+    by_effort: dict[Effort | None, list[Problem]] = {}
+    for problem in problems:
+        by_effort.setdefault(problem.effort, []).append(problem)
+    found = {
+        effort: _measure_mode(recipe, client, tokenizer, asked, rewards, config) for effort, asked in by_effort.items()
+    }
+    modes: dict[str, Measurement] = {effort: one for effort, one in found.items() if effort is not None}
+    return _over_modes(modes, config.samples) if modes else found[None]
+
+
+def _over_modes(modes: Mapping[str, Measurement], samples: int) -> Measurement:
+    """All modes as one measurement: the same problems, answered once in each."""
+    parts = list(modes.values())
+    shares = [fmean(shares) for shares in zip(*(one.shares for one in parts), strict=True)]
+    return Measurement(
+        accuracy=fmean(shares),
+        interval=accuracy_interval(shares, samples * len(parts)),
+        tokens=sum(one.tokens for one in parts),
+        mean_length=fmean(one.mean_length for one in parts),
+        reward_errors=sum(one.reward_errors for one in parts),
+        truncated=fmean(one.truncated for one in parts),
+        seconds=sum(one.seconds for one in parts),
+        transcripts=[transcript for one in parts for transcript in one.transcripts],
+        shares=shares,
+        modes=dict(modes),
+    )
+
+
+def _measure_mode(
+    recipe: Recipe,
+    client: RolloutClient,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    rewards: DomainRewards,
+    config: HoldoutEvaluation,
+) -> Measurement:
+    """Answers to problems of one domain that are asked in one mode."""
     started = time.monotonic()
     sampling = Sampling(
-        max_tokens=recipe.domains[problems[0].domain].max_new_tokens,
+        max_tokens=recipe.domains[problems[0].domain].new_tokens(problems[0].effort),
         temperature=config.temperature,
         n=config.samples,
         seed=0,
@@ -129,20 +184,24 @@ def measure_problems(
     if episodes is not None:
         answers = EpisodeClient(client, episodes).play([problem.id for problem in problems], sampling)
     else:
-        answers = client.generate([encode_prompt(tokenizer, problem.messages) for problem in problems], sampling)
+        prompts = [encode_prompt(tokenizer, problem.messages, problem.mode) for problem in problems]
+        answers = client.generate(prompts, sampling)
     judged = [
         [rewards.judge(problem.id, answer.sampled_ids, answer.finish_reason) for answer in group]
         for problem, group in zip(problems, answers, strict=True)
     ]
     shares = [sum(result.correct for _, result in group) / len(group) for group in judged]
     lengths = [len(answer.sampled_ids) for group in answers for answer in group]
+    cut_off = [answer.finish_reason == "length" for group in answers for answer in group]
     return Measurement(
         accuracy=sum(shares) / len(shares),
         interval=accuracy_interval(shares, config.samples),
         tokens=sum(lengths),
         mean_length=sum(lengths) / len(lengths),
         reward_errors=sum(result.error is not None for group in judged for _, result in group),
+        truncated=sum(cut_off) / len(cut_off),
         seconds=time.monotonic() - started,
+        shares=shares,
         transcripts=[
             (problem, _transcript(tokenizer, group[0], text), result.correct)
             for problem, group, ((text, result), *_) in zip(problems, answers, judged, strict=True)
@@ -161,6 +220,7 @@ def _transcript(tokenizer: PreTrainedTokenizerBase, answer: Completion, text: st
 def _record_transcripts(work: Work, model: str, found: Measurement) -> None:
     for problem, answer, correct in found.transcripts:
         work.run.append_event(
-            {"event": "sample", "model": model, "domain": problem.domain, "prompt": render_prompt(problem.messages),
-             "completion": answer, "reference": problem.answer, "correct": correct}
+            {"event": "sample", "model": model, "domain": problem.domain,
+             "prompt": render_prompt(problem.messages, problem.mode), "completion": answer, "reference": problem.answer,
+             "correct": correct}
         )  # fmt: skip

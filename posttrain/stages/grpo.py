@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 
 from posttrain.data import Problem
+from posttrain.data.efforts import in_shares
 from posttrain.data.encoding import encode_prompt
 from posttrain.recipe.schema import GrpoStage
 from posttrain.stages.episodes import episodes_of, policy_messages
@@ -19,8 +20,17 @@ VERSION_BITS = 20
 
 def prompts_of(work: Work, problems: list[Problem]) -> list[Prompt]:
     """Problems as the policy sees them."""
-    tokens = [tuple(encode_prompt(work.tokenizer, policy_messages(work.recipe, problem))) for problem in problems]
-    return [Prompt(problem.id, problem.domain, ids) for problem, ids in zip(problems, tokens, strict=True)]
+    domains = work.recipe.domains
+    return [
+        Prompt(
+            problem.id,
+            problem.domain,
+            tuple(encode_prompt(work.tokenizer, policy_messages(work.recipe, problem), problem.mode)),
+            effort=problem.effort,
+            max_new_tokens=domains[problem.domain].new_tokens(problem.effort),
+        )
+        for problem in problems
+    ]
 
 
 def first_version(work: Work, stage: str) -> int:
@@ -32,9 +42,16 @@ def first_version(work: Work, stage: str) -> int:
 
 
 def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
-    """At most `count` distinct training problems in an order of the stage's own."""
-    train = work.domains[domain].train
-    return Random(f"{work.recipe.seed}/{stage}/{domain}").sample(train, min(len(train), count))
+    """At most `count` training problems in an order of the stage's own, each at most once.
+
+    With modes, in their shares, and each at most once for every mode, though by chance in the same mode again.
+    """
+    train, modes = work.domains[domain].train, work.recipe.domains[domain].modes
+    order = Random(f"{work.recipe.seed}/{stage}/{domain}")
+    drawn = order.sample(train, min(len(train), count))
+    while len(drawn) < min(count, len(modes) * len(train)):
+        drawn += order.sample(train, min(len(train), count - len(drawn)))
+    return in_shares(drawn, modes)
 
 
 def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path, slot: int = 0) -> Path:
@@ -49,7 +66,7 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path,
             checkpoint=str(start),
             output=output,
             prompts=prompts_of(work, problems),
-            max_new_tokens=work.recipe.domains[domain].max_new_tokens,
+            max_new_tokens=work.recipe.domains[domain].longest_completion,
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),

@@ -25,7 +25,7 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
             output=output,
             prompts={domain: prompts_of(work, group) for domain, group in problems.items()},
             teachers={domain: str(path) for domain, path in experts.items()},
-            max_new_tokens={domain: work.recipe.domains[domain].max_new_tokens for domain in experts},
+            max_new_tokens={domain: work.recipe.domains[domain].longest_completion for domain in experts},
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),

@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from posttrain.data import DomainData, Problem
+from posttrain.data.efforts import in_effort, split_completion
 from posttrain.data.encoding import decode_completion
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
-from rewards import RewardResult, Scorer, build, check
+from posttrain.recipe.schema import Effort
+from rewards import Answer, RewardResult, Scorer, build, check
 from rollouts.types import FAILED
 
 
@@ -34,8 +36,9 @@ class DomainRewards:
         stage: str = "",
         log: MetricsLog | None = None,
     ) -> None:
-        self.specs = {name: config.reward for name, config in recipe.domains.items()}
-        self.conversing = {name for name, config in recipe.domains.items() if config.environment is not None}
+        domains = recipe.domains.items()
+        self.specs = {(name, effort): config.rewards(effort) for name, config in domains for effort in config.efforts}
+        self.conversing = {name for name, config in domains if config.environment is not None}
         self.tokenizer_path = tokenizer_path
         self.problems = {problem.id: problem for problem in problems}
         self.stage = stage
@@ -51,17 +54,25 @@ class DomainRewards:
         return load_tokenizer(self.tokenizer_path)
 
     @cached_property
-    def _scorers(self) -> dict[str, Scorer]:
-        return {name: build(specs, f"domains.{name}.reward") for name, specs in self.specs.items()}
+    def _scorers(self) -> dict[tuple[str, Effort | None], Scorer]:
+        return {key: build(specs, f"domains.{key[0]}.reward") for key, specs in self.specs.items()}
 
     def judge(self, problem_id: str, token_ids: Sequence[int], finish_reason: str) -> tuple[str, RewardResult]:
-        """The text of one answer and its score; `token_ids` are what the model sampled."""
+        """The text of one completion, with its reasoning, and the score of its answer.
+
+        Of an episode, `token_ids` are what the model sampled.
+        """
         problem = self.problems[problem_id]
         if finish_reason.startswith(FAILED):
             text, result = "", RewardResult(problem_id, 0.0, error=f"its environment {finish_reason}")
         else:
             text = self._text(problem, token_ids, finish_reason)
-            result = self._scorers[problem.domain].score(problem, text, token_ids, finish_reason)
+            reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
+            answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
+            counted = None if problem.mode == "chat" else len(reasoning)
+            (result,) = self._scorers[problem.domain, problem.effort].score_batch(
+                [Answer(problem, answer_text, token_ids, finish_reason, counted)]
+            )
         if result.error is not None and not self.told:
             self.told = True
             self._tell(problem, text, result.error)
@@ -100,5 +111,7 @@ def check_rewards(recipe: Recipe, domains: Mapping[str, DomainData]) -> None:
         BadInput: a reward fails, or calls the reference answer wrong.
     """
     for name, data in domains.items():
-        where = f"domains.{name}.reward"
-        check(build(recipe.domains[name].reward, where), data.train[0], where)
+        config, where = recipe.domains[name], f"domains.{name}.reward"
+        for effort in config.efforts:
+            problem = in_effort(data.train[0], effort, config.modes[effort]) if effort else data.train[0]
+            check(build(config.rewards(effort), where), problem, where)

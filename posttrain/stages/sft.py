@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from posttrain.data import DomainData, Problem
 from posttrain.data.conversations import Conversation, ConversationFile, read_conversations
+from posttrain.data.efforts import in_shares, with_reasoning
 from posttrain.data.encoding import encode_conversation
 from posttrain.data.problems import split_key
 from posttrain.data.rows import labelled, sft_rows
@@ -31,7 +32,7 @@ def run_sft(work: Work, name: str, config: SftStage, domains: list[str], start: 
     def job(output: str) -> SftJob:
         count = config.steps * config.batch_size
         if config.conversations is None:
-            rows = [_problem_row(work, problem) for problem in _draw(work, name, domains, count)]
+            rows = [_problem_row(work, problem) for problem in draw_examples(work, name, domains, count)]
         else:
             rows = _conversation_rows(work, name, config, count)
         return SftJob(stage=name, config=config, checkpoint=str(start), output=output, rows=rows)
@@ -45,11 +46,15 @@ def _problem_row(work: Work, problem: Problem) -> Row:
     return sft_rows(work.tokenizer, [problem])[0]
 
 
-def _draw(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
-    """`count` training problems, the domains in turn, each problem as seldom as possible."""
+def draw_examples(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
+    """`count` training problems, the domains in turn, each problem as seldom as possible, modes in their shares."""
     order = Random(f"{work.recipe.seed}/{stage}")
     share = -(-count // len(domains))
-    drawn = [_repeated(work.domains[domain].train, share, order) for domain in domains]
+    drawn = []
+    for domain in domains:
+        config = work.recipe.domains[domain]
+        picked = _repeated(work.domains[domain].train, share, order)
+        drawn.append(with_reasoning(in_shares(picked, config.modes), config))
     return [problem for group in zip(*drawn, strict=True) for problem in group][:count]
 
 

@@ -11,9 +11,11 @@ learns from:
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,6 +94,16 @@ class Group:
     failure: str | None = None
     rewards: list[float] = field(default_factory=list)
     reward_parts: list[dict[str, float]] = field(default_factory=list)
+
+
+def means_by_effort(groups: Sequence[Group], values: Sequence[float]) -> dict[str, float]:
+    """The mean of `values`, one for each answer of the groups in order, in each mode; NaN does not count."""
+    by_effort: dict[str, list[float]] = {}
+    efforts = [group.prompt.effort for group in groups for _ in group.completions]
+    for effort, value in zip(efforts, values, strict=True):
+        if effort is not None and not math.isnan(value):
+            by_effort.setdefault(effort, []).append(value)
+    return {effort: fmean(found) for effort, found in by_effort.items()}
 
 
 @dataclass
@@ -371,6 +383,8 @@ class RolloutGeneration:
         truncated = [sample.finish_reason != "stop" for sample in samples]
         self.progress.add("completion_length", sum(lengths) / len(lengths))
         self.progress.add("truncated", sum(truncated) / len(truncated))
+        for effort, mean in means_by_effort(self.groups, lengths).items():
+            self.progress.add(f"effort/{effort}/length", mean)
         self.progress.add_tokens(sum(lengths))
         for name, value in episode_means(samples).items():
             self.progress.add(name, value)

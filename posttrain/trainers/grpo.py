@@ -31,7 +31,7 @@ from posttrain.errors import RunFailed
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import GrpoStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
-from posttrain.trainers.generation import Ask, Client, Group, RolloutGeneration, Sampled
+from posttrain.trainers.generation import Ask, Client, Group, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.jobs import GrpoJob, Reward
 from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
@@ -121,6 +121,8 @@ class RewardColumn:
         self.progress.add("seconds_reward", self._seconds)
         self._seconds = 0.0
         rewards = [reward for group in groups for reward in group.rewards]
+        for effort, mean in means_by_effort(groups, rewards).items():
+            self.progress.add(f"effort/{effort}/reward", mean)
         failed = sum(map(math.isnan, rewards))
         if not failed:
             return rewards
@@ -223,7 +225,7 @@ def train_grpo(
         client=with_episodes(client, job.episodes),
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
         stage=job.stage,
-        asks=(Ask(prompt, job.max_new_tokens) for prompt in endless(job.prompts, seed)),
+        asks=(Ask(prompt, prompt.max_new_tokens or job.max_new_tokens) for prompt in endless(job.prompts, seed)),
         steps=config.steps,
         prompts_per_step=config.prompts_per_step,
         group_size=config.group_size,

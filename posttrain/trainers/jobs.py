@@ -19,6 +19,10 @@ class Prompt:
     problem_id: str
     domain: str
     token_ids: tuple[int, ...]
+    effort: str | None = None
+    """The mode that it is asked in, for domains that have any."""
+    max_new_tokens: int | None = None
+    """The mode's budget; default: the job's."""
 
 
 class Reward(Protocol):

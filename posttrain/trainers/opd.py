@@ -27,7 +27,7 @@ from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import OpdStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
-from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, derive_seed
+from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, derive_seed, means_by_effort
 from posttrain.trainers.grpo import placeholders
 from posttrain.trainers.jobs import OpdJob, Prompt, Reward
 from posttrain.trainers.mismatch import LogprobDifference
@@ -139,6 +139,8 @@ class OpdTrainer(OnPolicyTrainer):
             [sample.sampled_ids for sample in samples],
             [sample.finish_reason for sample in samples],
         )
+        for effort, mean in means_by_effort(self.rollouts.groups, rewards).items():
+            self.progress.add(f"effort/{effort}/reward", mean)
         scored = [pair for pair in zip(inputs, rewards, strict=True) if not math.isnan(pair[1])]
         if len(scored) < len(rewards):
             self.progress.add("reward_errors", len(rewards) - len(scored))
@@ -199,7 +201,7 @@ def train_opd(
         client=with_episodes(client, job.episodes),
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
         stage=job.stage,
-        asks=iter([Ask(prompt, job.max_new_tokens[prompt.domain]) for prompt in rows]),
+        asks=iter([Ask(prompt, prompt.max_new_tokens or job.max_new_tokens[prompt.domain]) for prompt in rows]),
         steps=config.steps,
         prompts_per_step=config.batch_size,
         temperature=config.temperature,

@@ -10,7 +10,7 @@ from posttrain.observe.page.markup import Markup, element
 from posttrain.observe.page.names import colour_of, domain_of
 from posttrain.observe.page.parts import absent, breakable, data_table, section
 from posttrain.observe.runview import is_number
-from posttrain.observe.words import percent, points
+from posttrain.observe.words import number, percent, points
 
 FEW_DOMAINS = 3
 """With more domains than this, a domain's panel leaves out the experts of the others; the table has them all."""
@@ -36,6 +36,7 @@ def accuracy_section(report: dict[str, Any], domains: list[str]) -> Markup:
         "Accuracy",
         element("div", charts, class_="grid"),
         _matrix(models, evaluated, report["summary"]["mean_pass@1"]),
+        *[_by_effort(models, domain) for domain in evaluated],
         _gains(report["summary"]["domains"]),
         _gates(report["gates"]),
     )
@@ -63,6 +64,28 @@ def _matrix(models: list[dict[str, Any]], domains: list[str], means: dict[str, f
     )
     note = f"{problems} held-out problems a cell, 95 % interval below; an expert's own domain is shaded"
     return data_table("Accuracy of every model in every domain", note, ["model", *domains, "mean"], rows)
+
+
+def _by_effort(models: list[dict[str, Any]], domain: str) -> Markup | None:
+    """Accuracy, interval and length of every model in each of the domain's modes."""
+    cells = {model["name"]: model["eval"].get(domain, {}).get("modes", {}) for model in models}
+    efforts = list(dict.fromkeys(effort for modes in cells.values() for effort in modes))
+    if not efforts:
+        return None
+    rows = [
+        [element("th", breakable(name), scope="row"), *(_effort_cell(modes.get(effort)) for effort in efforts)]
+        for name, modes in cells.items()
+    ]
+    note = "pass@1, its 95 % interval, and the mean tokens of a completion, reasoning included"
+    return data_table(f"Reasoning efforts on {domain}", note, ["model", *efforts], rows)
+
+
+def _effort_cell(cell: dict[str, Any] | None) -> Markup:
+    if cell is None:
+        return element("td", "–")
+    interval = f"{100 * cell['ci95'][0]:.1f}–{100 * cell['ci95'][1]:.1f}" if cell["ci95"] else "–"
+    tokens = f"{number(cell.get('mean_length'))} tokens"
+    return element("td", percent(cell["pass@1"]), element("small", f"{interval} · {tokens}"))
 
 
 def _gains(by_domain: dict[str, dict[str, float | None]]) -> Markup:

@@ -31,6 +31,12 @@ def curves_section(view: RunView, domains: list[str]) -> Markup:
             charts.append(line_chart(title, note, series, zero=True))
         elif always:
             missing.append(title)
+    for title, note, metric in (
+        ("Reward by effort", "mean over each step's samples in a mode", "reward"),
+        ("Completion length by effort", "tokens, reasoning included", "length"),
+    ):
+        if series := _series_by_effort(view, grpo + student, metric):
+            charts.append(line_chart(title, note, series, zero=True))
     return section(
         "curves",
         "Learning curves",
@@ -56,6 +62,16 @@ def series_of(view: RunView, stages: Sequence[str], metric: str, domains: Sequen
             if part := _points(stage, f"{metric}/{domain}"):
                 series.append(Series(f"{name}: {domain}", part, colour_of(domain, domains), dashed=bool(whole)))
     return series
+
+
+def _series_by_effort(view: RunView, stages: Sequence[str], metric: str) -> list[Series]:
+    """A line for each mode in every stage that samples in modes; a mode has one colour."""
+    return [
+        Series(f"{domain_of(name) or name}: {effort}", points, f"c{index}")
+        for name in stages
+        for index, effort in enumerate(("chat", "high", "max"))
+        if (points := _points(view.stages[name], f"effort/{effort}/{metric}"))
+    ]
 
 
 def _points(stage: StageView, key: str) -> list[tuple[float, float]]:

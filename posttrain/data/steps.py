@@ -1,0 +1,29 @@
+"""Reasoning for sums of two numbers (`basic_arithmetic` with `+` only), as `reasoning` of a mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from posttrain.data.problems import Problem
+
+
+def _columns(problem: Problem) -> Iterator[tuple[str, str, int, int]]:
+    """From the units on: the digits of both numbers, the carry, and their sum."""
+    first, second = problem.entry["metadata"]["expression"].split(" + ")
+    width, carry = max(len(first), len(second)), 0
+    for one, other in zip(reversed(first.zfill(width)), reversed(second.zfill(width)), strict=True):
+        total = int(one) + int(other) + carry
+        yield one, other, carry, total
+        carry = total // 10
+
+
+def column_sums(problem: Problem) -> str:
+    """`769 + 643` → `12,11,14`: what each column comes to, with the carry."""
+    return ",".join(str(total) for *_, total in _columns(problem))
+
+
+def written_sums(problem: Problem) -> str:
+    """`769 + 643` → `9+3+0=12,6+4+1=11,7+6+1=14`: every column in full, the carry last."""
+    return ",".join(f"{one}+{other}+{carry}={total}" for one, other, carry, total in _columns(problem))

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,8 +30,8 @@ class Canary:
     """The same for every teacher; each of at least one token."""
     vocabulary: int
     """Rows of the student's head."""
-    eos: int | None = None
-    """The student's end-of-sequence token; None: it is not compared."""
+    eos: Sequence[int] = ()
+    """The tokens that the student may end with; a teacher must end with one of them. Empty: it is not compared."""
     tokens: str | None = None
     """`vocabulary_digest` of the student's tokenizer; None: it is not compared."""
 
@@ -57,11 +58,12 @@ def vocabulary_digest(directory: Path) -> str | None:
     return hashlib.sha256(json.dumps(sorted({*pairs, *added})).encode()).hexdigest()
 
 
-def examine(name: str, model: PreTrainedModel, path: Path, canary: Canary, trained: bool, device: str) -> Evidence:
+def examine(name: str, model: PreTrainedModel, path: Path, canary: Canary, outside: bool, device: str) -> Evidence:
     """Hold a loaded teacher against the canary.
 
     Args:
-        trained: refuse one whose predictions are as spread as those of random weights.
+        outside: the teacher is not of this run: its tokenizer is compared as well, and its predictions must not be as
+            spread as those of random weights.
 
     Raises:
         BadInput: it cannot teach this student; the message has the evidence.
@@ -71,7 +73,9 @@ def examine(name: str, model: PreTrainedModel, path: Path, canary: Canary, train
         from distill.divergence import vocabulary_mismatch
 
         raise BadInput(vocabulary_mismatch(f"the teacher {name}", head_VH.size(0), canary.vocabulary))
-    _check_tokens(name, model, path, canary)
+    _check_end(name, model, canary)
+    if outside:
+        _check_tokens(name, path, canary)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for tensor_name, tensor in tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -79,30 +83,35 @@ def examine(name: str, model: PreTrainedModel, path: Path, canary: Canary, train
                     f"the teacher {name} is damaged: the {kind} {tensor_name} has values that are not finite"
                 )
     states_NH = torch.cat(states_of(model, [[*p, 0] for p in canary.prompts], [*map(len, canary.prompts)], device))
-    return _check_predictions(name, states_NH, head_VH, trained)
+    return _check_predictions(name, states_NH, head_VH, outside)
 
 
-def _check_tokens(name: str, model: PreTrainedModel, path: Path, canary: Canary) -> None:
-    theirs = vocabulary_digest(path) if canary.tokens is not None else None
-    if theirs is not None and theirs != canary.tokens:
+def _check_tokens(name: str, path: Path, canary: Canary) -> None:
+    theirs = vocabulary_digest(path)
+    if None not in (theirs, canary.tokens) and theirs != canary.tokens:
         raise BadInput(
             f"the teacher {name} has another tokenizer: as many tokens as the student's, but not the same under the "
-            f"same ids (digests {theirs[:12]} and {str(canary.tokens)[:12]}); it must be trained on the student's"
+            f"same ids (digests {str(theirs)[:12]} and {str(canary.tokens)[:12]}); it must be trained on the student's"
         )
-    generation = getattr(model, "generation_config", None)
-    ends = {*_ids(model.config.eos_token_id), *_ids(getattr(generation, "eos_token_id", None))}
-    if canary.eos is not None and ends and canary.eos not in ends:
+
+
+def _check_end(name: str, model: PreTrainedModel, canary: Canary) -> None:
+    ends = end_tokens(model)
+    if canary.eos and ends and not set(ends) & set(canary.eos):
         raise BadInput(
-            f"the teacher {name} ends with token {sorted(ends)} (eos_token_id), the student with {canary.eos}: answers "
+            f"the teacher {name} ends with token {ends} (eos_token_id), the student with {list(canary.eos)}: answers "
             "would never end, or too early. Fix the teacher's config.json, or take a teacher with this end of sequence"
         )
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """What the model's configurations name as ends of a sequence."""
+    values = (model.config.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    lists = [[] if value is None else [value] if isinstance(value, int) else value for value in values]
+    return sorted(set(chain.from_iterable(lists)))
 
 
-def _check_predictions(name: str, states_NH: Tensor, head_VH: Tensor, trained: bool) -> Evidence:
+def _check_predictions(name: str, states_NH: Tensor, head_VH: Tensor, outside: bool) -> Evidence:
     finite_N = torch.isfinite(states_NH).all(-1)
     if not bool(finite_N.all()):
         raise BadInput(
@@ -113,7 +122,7 @@ def _check_predictions(name: str, states_NH: Tensor, head_VH: Tensor, trained: b
     evidence = Evidence(entropy_N.mean().item(), math.log(head_VH.size(0)))
     if not math.isfinite(evidence.entropy):
         raise BadInput(f"the teacher {name} is damaged: its predictions on the canary prompts are not finite")
-    if trained and evidence.entropy > TRAINED_ENTROPY * evidence.uniform:
+    if outside and evidence.entropy > TRAINED_ENTROPY * evidence.uniform:
         raise BadInput(
             f"the teacher {name} looks untrained: the mean entropy of its predictions on {len(states_NH)} positions of "
             f"the canary prompts is {evidence.entropy:.3f} nats, that of guessing {evidence.uniform:.3f}; were its "

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,12 @@ class ModelCache:
     for the next model to come into memory, which then is loaded beside the first if the budget has room for both.
     """
 
-    def __init__(self, family: str, budget_bytes: int, cache: Path) -> None:
+    def __init__(
+        self, family: str, budget_bytes: int, cache: Path, on_drop: Callable[[Held], None] = lambda held: None
+    ) -> None:
+        """`on_drop` is told of each model that is to leave memory."""
         self.family = family
+        self.on_drop = on_drop
         self.budget_bytes = budget_bytes
         self.cache = cache
         self._held: OrderedDict[str, Held] = OrderedDict()
@@ -104,7 +108,7 @@ class ModelCache:
                 if idle is None:
                     self._changed.wait()
                 else:
-                    del self._held[idle]
+                    self.on_drop(self._held.pop(idle))
 
 
 class Device:
@@ -114,21 +118,28 @@ class Device:
         self.name = name
         self._resident: Held | None = None
         self._host: list[Tensor] = []
+        self._lock = Lock()
 
     def place(self, held: Held) -> int:
         """Bring the model's weights to the device; returns the bytes that moved."""
-        if self.name == "cpu" or self._resident is held:
-            return 0
-        self.clear()
-        tensors = list(tensors_of(held.model))
-        self._host = [tensor.data for tensor in tensors]
-        self._resident = held
-        for tensor in tensors:
-            tensor.data = tensor.data.to(self.name, non_blocking=True, copy=True)
-        return sum(tensor.nbytes for tensor in tensors)
+        with self._lock:
+            if self.name == "cpu" or self._resident is held:
+                return 0
+            self._clear()
+            tensors = list(tensors_of(held.model))
+            self._host = [tensor.data for tensor in tensors]
+            self._resident = held
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.name, non_blocking=True, copy=True)
+            return sum(tensor.nbytes for tensor in tensors)
 
-    def clear(self) -> None:
-        """Let the resident model's weights on the device go."""
+    def forget(self, held: Held) -> None:
+        """Let the model's weights on the device go, if they are there."""
+        with self._lock:
+            if self._resident is held:
+                self._clear()
+
+    def _clear(self) -> None:
         if self._resident is not None:
             for tensor, host in zip(tensors_of(self._resident.model), self._host, strict=True):
                 tensor.data = host

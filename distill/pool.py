@@ -46,7 +46,7 @@ class TeacherPool:
         """Hold every teacher against the canary, and fetch its head.
 
         Args:
-            outside: those of the teachers that this run did not train: they must also look trained.
+            outside: those of the teachers that this run did not train; they are looked at more closely.
 
         Raises:
             BadInput: one that cannot teach; nothing is to be started then.

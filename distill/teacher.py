@@ -33,8 +33,8 @@ class TeacherWorker:
     def __init__(self, family: str, budget_bytes: int, threads: int | None = None, cache: Path | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._models = ModelCache(family, budget_bytes, cache or default_cache())
         self._device = Device("cuda" if torch.cuda.is_available() else "cpu")
+        self._models = ModelCache(family, budget_bytes, cache or default_cache(), on_drop=self._device.forget)
         self._computing = Lock()
 
     def hidden_states(
@@ -72,11 +72,11 @@ class TeacherWorker:
         with self._models.using(checkpoint) as (held, _, _), self._computing:
             return PackedTensor.of(held.model.get_output_embeddings().weight)
 
-    def examine(self, checkpoint: str, canary: Canary, trained: bool) -> Evidence:
+    def examine(self, checkpoint: str, canary: Canary, outside: bool) -> Evidence:
         """`distill.canary.examine` on the loaded teacher."""
         with self._models.using(checkpoint) as (held, _, _), self._computing:
             self._device.place(held)
-            return examine(checkpoint, held.model, held.path, canary, trained, self._device.name)
+            return examine(checkpoint, held.model, held.path, canary, outside, self._device.name)
 
     def loaded(self) -> list[str]:
         """The checkpoints in memory, the one used last at the end."""

@@ -23,7 +23,7 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
 from tests.test_distill import KEPT, SEQUENCES, states_of
 from tests.trainers_kit import EOS, PAD, VOCABULARY, save, tiny_model
 
-CANARY = Canary(prompts=SEQUENCES, vocabulary=VOCABULARY, eos=EOS)
+CANARY = Canary(prompts=SEQUENCES, vocabulary=VOCABULARY, eos=[EOS])
 GIB = 1 << 30
 
 
@@ -174,7 +174,9 @@ def test_a_model_that_leaves_the_device_is_what_it_was(tmp_path: Path) -> None:
     assert all(map(torch.equal, held[0].model.parameters(), tiny_model(0).parameters()))
     device.place(held[1])
     assert places()[0] == before[0]  # one at a time
-    device.clear()
+    device.forget(held[0])
+    assert places()[0] == before[0] and places()[1] != before[1]
+    device.forget(held[1])
     assert places() == before
 
 
@@ -213,12 +215,13 @@ def test_another_vocabulary_tokenizer_or_end_is_refused(tmp_path: Path) -> None:
     worker = TeacherWorker("hf", GIB)
     with pytest.raises(BadInput, match=r"vocabulary of 43 tokens, the student one of 44"):
         worker.examine(path, replace(CANARY, vocabulary=44), False)
-    with pytest.raises(BadInput, match=r"ends with token \[1\] \(eos_token_id\), the student with 7"):
-        worker.examine(path, replace(CANARY, eos=7), False)
+    with pytest.raises(BadInput, match=r"ends with token \[1\] \(eos_token_id\), the student with \[7, 8\]"):
+        worker.examine(path, replace(CANARY, eos=[7, 8]), False)
     described = (tmp_path / "t" / "tokenizer.json").read_text()
     (tmp_path / "t" / "tokenizer.json").write_text(described.replace('"a": 2', '"a": 3').replace('"b": 3', '"b": 2'))
     with pytest.raises(BadInput, match="has another tokenizer: as many tokens"):
-        worker.examine(path, replace(CANARY, tokens=vocabulary_digest(Path(confident(tmp_path / "u")))), False)
+        worker.examine(path, replace(CANARY, tokens=vocabulary_digest(Path(confident(tmp_path / "u")))), True)
+    worker.examine(path, replace(CANARY, eos=[EOS, 8]), True)
 
 
 def test_damaged_weights_are_refused_with_their_name(tmp_path: Path) -> None:
@@ -242,3 +245,12 @@ def test_a_missing_or_cut_shard_is_refused(family: str, tmp_path: Path) -> None:
         damage()
         with pytest.raises(BadInput, match=str(tmp_path / "t")):
             TeacherWorker(family, GIB).examine(str(tmp_path / "t"), CANARY, False)
+
+
+def test_a_tensor_that_the_files_lack_is_not_made_up(tmp_path: Path) -> None:
+    path = Path(save(tiny_model(0), tmp_path / "t")) / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"t: its files lack 1 of the model's tensors: model.layers.0.mlp.up_proj"):
+        TeacherWorker("hf", GIB).head(str(path.parent))

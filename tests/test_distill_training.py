@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from posttrain.errors import RunFailed
-from posttrain.recipe.schema import GuardsConfig, OpdStage, OptimizerConfig
-from posttrain.stages.merge import merge
+from posttrain.recipe.schema import GuardsConfig, OpdStage, OptimizerConfig, Recipe
+from posttrain.stages.merge import merge, student_start
+from posttrain.stages.opd import teachers_by_domain
 from posttrain.trainers.jobs import OpdJob, Teacher
 from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
 from posttrain.trainers.models import load_model
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
+from tests.recipe_kit import recipe_with
 from tests.test_distill import oracle
 from tests.test_trainers_opd import TEXTS, Gradients, LocalTeachers, job
 from tests.trainers_kit import LocalClient, Recorder, prompts, save, tiny_model, tiny_tokenizer
@@ -206,3 +210,35 @@ def test_experts_merge_into_a_start(tmp_path: Path) -> None:
     merge("hf", paths[0], [paths[0], paths[0]], 3.0, tmp_path / "same")
     same, base = (load_model("hf", path).state_dict() for path in (tmp_path / "same", paths[0]))
     assert all(torch.equal(same[name], base[name]) for name in base)
+
+
+def work_of(recipe: Recipe, directory: Path) -> Any:
+    return SimpleNamespace(recipe=recipe, run=SimpleNamespace(checkpoint_path=lambda name: directory / name))
+
+
+def test_domains_are_taught_by_whom_the_recipe_says_and_the_gates_left(tmp_path: Path) -> None:
+    teachers = {"words": [{"expert": "sums", "weight": 2}, {"checkpoint": "s3://b/large"}, {"expert": "words"}]}
+    recipe = Recipe(**recipe_with({"stages.student.teachers": teachers}))
+    config = recipe.stages.student
+    assert config is not None
+    work, both = work_of(recipe, tmp_path), {"words": Path("/w"), "sums": Path("/s")}
+    assert teachers_by_domain(work, config, both) == {
+        "sums": [Teacher("sums", "/s")],
+        "words": [Teacher("sums", "/s", 2), Teacher("large", "s3://b/large", outside=True), Teacher("words", "/w")],
+    }
+    assert teachers_by_domain(work, config, {"words": Path("/w")}) == {
+        "words": [Teacher("large", "s3://b/large", outside=True), Teacher("words", "/w")]
+    }
+
+
+def test_a_merged_start_is_made_once(tmp_path: Path) -> None:
+    paths = [Path(save(tiny_model(seed), tmp_path / str(seed))) for seed in range(3)]
+    recipe = Recipe(**recipe_with({"model": {"family": "hf", "checkpoint": "x"}, "rollout.engine": "vllm"}))
+    work, experts = work_of(recipe, tmp_path), {"a": paths[1], "b": paths[2]}
+    assert student_start(work, OpdStage(), paths[0], experts) == paths[0]
+    start = student_start(work, OpdStage(init="average"), paths[0], experts)
+    mean = (tiny_model(1).lm_head.weight + tiny_model(2).lm_head.weight) / 2
+    assert torch.allclose(load_model("hf", start).lm_head.weight, mean, atol=1e-6)
+    (start / "mark").touch()
+    config = OpdStage(init="task_arithmetic", init_scale=3.0)
+    assert (student_start(work, config, paths[0], experts) / "mark").exists()

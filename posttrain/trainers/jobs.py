@@ -67,7 +67,7 @@ class Teacher:
     weight: float = 1.0
     """Against the domain's other teachers."""
     outside: bool = False
-    """It was not trained by this run: it must look trained."""
+    """It was not trained by this run: it is looked at more closely (`distill.canary`)."""
 
 
 @dataclass(frozen=True)

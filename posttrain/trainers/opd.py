@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.canary import Canary, vocabulary_digest
+from distill.canary import Canary, end_tokens, vocabulary_digest
 from distill.divergence import TeacherReport, TeacherRows, one_head_at_a_time
 from distill.objective import Objective
 from distill.store import TeacherWork
@@ -304,7 +304,7 @@ def check_teachers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, j
     canary = Canary(
         prompts=[prompt.token_ids for domain in sorted(job.prompts) for prompt in job.prompts[domain][:CANARY_PROMPTS]],
         vocabulary=model.get_output_embeddings().weight.size(0),
-        eos=tokenizer.eos_token_id,
+        eos=sorted({*end_tokens(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}),
         tokens=vocabulary_digest(Path(job.checkpoint)) if job.checkpoint else None,
     )
     outside = [teacher.checkpoint for teacher in used if teacher.outside]

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.objective import Objective, gradients
 from posttrain.errors import BadInput
-from posttrain.kernels import divergence_gradients, linear_divergence
+from posttrain.kernels import linear_divergence
 from posttrain.kernels.vocabulary.op import BETA
 from posttrain.kernels.vocabulary.op import DivergenceKind as Divergence
 
@@ -111,15 +112,21 @@ class TeacherReport:
 
 
 def one_head_at_a_time(
-    kind: Divergence, student_NH: Tensor, student_head_VH: Tensor, teachers: Sequence[TeacherRows]
+    objective: Objective,
+    student_NH: Tensor,
+    student_head_VH: Tensor,
+    teachers: Sequence[TeacherRows],
+    tokens_N: Tensor | None = None,
 ) -> tuple[Tensor, list[TeacherReport]]:
-    """The loss  sum_i weight_i * mean over teacher i's rows of the divergence,  and a report on each teacher.
+    """The loss  sum_i weight_i * mean over teacher i's rows of the objective,  and a report on each teacher.
+
+    Teachers may share rows. `tokens_N` are the sampled tokens, for objectives that learn from them.
 
     The gradient of each term is taken as soon as the term is there, and its teacher's states and head are let go
     before the next are fetched. A head is freed only when the callables hand over the only reference to it.
     """
     reports: list[TeacherReport] = []
-    return _OneHeadAtATime.apply(student_NH, student_head_VH, kind, teachers, reports), reports
+    return _OneHeadAtATime.apply(student_NH, student_head_VH, objective, teachers, tokens_N, reports), reports
 
 
 class _OneHeadAtATime(torch.autograd.Function):
@@ -130,8 +137,9 @@ class _OneHeadAtATime(torch.autograd.Function):
         ctx: Any,
         student_NH: Tensor,
         student_head_VH: Tensor,
-        kind: Divergence,
+        objective: Objective,
         teachers: Sequence[TeacherRows],
+        tokens_N: Tensor | None,
         reports: list[TeacherReport],
     ) -> Tensor:
         grad_hidden_NH = torch.zeros_like(student_NH)
@@ -141,7 +149,10 @@ class _OneHeadAtATime(torch.autograd.Function):
         total = torch.zeros((), dtype=_sum_dtype(student_NH), device=student_NH.device)
         for teacher in teachers:
             rows = teacher.rows
-            term, grad_rows_NH, grad_head_VH = _term(kind, student_NH[rows], student_head_VH, teacher, grad_head_VH)
+            tokens = None if tokens_N is None else tokens_N[rows]
+            term, grad_rows_NH, grad_head_VH = _term(
+                objective, student_NH[rows], student_head_VH, teacher, tokens, grad_head_VH
+            )
             grad_hidden_NH[rows] += grad_rows_NH
             total += teacher.weight * term.divergence
             reports.append(term)
@@ -150,9 +161,9 @@ class _OneHeadAtATime(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
         grad_hidden_NH, grad_head_VH = ctx.saved_tensors
-        return grad_hidden_NH * grad, grad_head_VH * grad, None, None, None
+        return grad_hidden_NH * grad, grad_head_VH * grad, None, None, None, None
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:
@@ -160,21 +171,27 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
 
 
 def _term(
-    kind: Divergence, rows_NH: Tensor, head_VH: Tensor, teacher: TeacherRows, grad_head_VH: Tensor | None
+    objective: Objective,
+    rows_NH: Tensor,
+    head_VH: Tensor,
+    teacher: TeacherRows,
+    tokens_N: Tensor | None,
+    grad_head_VH: Tensor | None,
 ) -> tuple[TeacherReport, Tensor, Tensor]:
     """One teacher's report and the gradients of its term in its rows and in the head, the latter on top of
     `grad_head_VH` if given. The teacher's tensors die with the call."""
     teacher_NG = teacher.hidden().to(rows_NH.device)
     teacher_head_VG = teacher.head().to(rows_NH.device)
+    teacher_NG = teacher_NG.to(teacher_head_VG.dtype)  # states may have been rounded on the way, the head is not
     _expect_same_vocabulary(teacher.name, head_VH, teacher_head_VG)
     weights_N = torch.full_like(rows_NH[:, 0], teacher.weight / len(rows_NH), dtype=_sum_dtype(rows_NH))
-    found = divergence_gradients(
-        kind, rows_NH, head_VH, teacher_NG, teacher_head_VG, weights_N, head_total_VH=grad_head_VH
-    )
+    models = rows_NH, head_VH, teacher_NG, teacher_head_VG
+    with torch.no_grad():
+        found = gradients(objective, models, weights_N, tokens_N, grad_head_VH)
     report = TeacherReport(
         name=teacher.name,
         tokens=len(rows_NH),
-        divergence=found.divergence_N.mean().item(),
+        divergence=found.value_N.mean().item(),
         top1_agreement=found.same_top_N.float().mean().item(),
         student_entropy=found.student_entropy_N.mean().item(),
         teacher_entropy=found.teacher_entropy_N.mean().item(),

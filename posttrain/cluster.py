@@ -19,7 +19,7 @@ from posttrain.interrupts import ignored
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
-    from distill.teacher import TeacherPool
+    from distill.pool import TeacherPool
     from rollouts.pool import RolloutClient, RolloutPool
 
 ACTOR_CPUS = 0.01
@@ -29,7 +29,6 @@ DASHBOARD_PORT = 8265
 FAREWELL_SECONDS = 1.5
 """How long processes have to end by themselves after Ray was shut down."""
 OBJECT_STORE_BYTES = 256 << 20
-TEACHER_BYTES = 1 << 30
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Cluster:
     def teachers(self) -> TeacherPool:
         """The teacher workers, started when they are first asked for."""
         if self._teachers is None:
-            from distill.teacher import start_teachers
+            from distill.pool import start_teachers
 
             cluster = self.recipe.cluster
             options = {
@@ -64,8 +63,8 @@ class Cluster:
                 "num_gpus": cluster.gpus_per_worker,
                 "runtime_env": {"env_vars": _environment(self.recipe)},
             }
-            count, family = cluster.teacher_workers, self.recipe.model.family
-            self._teachers = start_teachers(count, family, TEACHER_BYTES, cluster.threads, options)
+            count, family, budget = cluster.teacher_workers, self.recipe.model.family, cluster.teacher_memory_mib << 20
+            self._teachers = start_teachers(count, family, budget, cluster.threads, options)
         return self._teachers
 
     def keep_first_trainer(self) -> None:

@@ -17,6 +17,7 @@ from posttrain.rundir import RunDirectory
 from posttrain.session import session
 from posttrain.stages.evaluate import evaluate, passes_gate
 from posttrain.stages.grpo import run_grpo
+from posttrain.stages.merge import student_start
 from posttrain.stages.opd import run_opd
 from posttrain.stages.sft import run_sft
 from posttrain.stages.side_by_side import side_by_side
@@ -92,7 +93,8 @@ def distil(work: Work, base: Path, experts: dict[str, Path]) -> Path:
     """The student samples, its experts teach (report eq. 29)."""
     if not experts:
         raise RunFailed("no expert passed its gate: there is nothing to distil")
-    assert work.recipe.stages.student is not None
-    student = run_opd(work, "student", work.recipe.stages.student, base, experts)
+    config = work.recipe.stages.student
+    assert config is not None
+    student = run_opd(work, "student", config, student_start(work, config, base, experts), experts)
     evaluate(work, "student", student)
     return student

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from distill.divergence import BETA, TeacherRows, divergence, forward_kl, jsd, one_head_at_a_time, reverse_kl
+from distill.objective import Objective
+from distill.store import joined
 from distill.teacher import TeacherWorker
 from posttrain.errors import BadInput
 from tests.trainers_kit import save, tiny_model, tokens
@@ -87,7 +89,7 @@ def test_two_teachers_in_a_batch_weigh_as_each_alone() -> None:
         rows_of("a", first, 0.3, teacher_NG, first_head),
         rows_of("b", second, 0.7, teacher_NG, second_head),
     ]
-    loss, reports = one_head_at_a_time("reverse_kl", student_NH, head_VH, teachers)
+    loss, reports = one_head_at_a_time(Objective(), student_NH, head_VH, teachers)
     (2 * loss).backward()
 
     alone = tensors()
@@ -114,7 +116,7 @@ def test_only_one_head_is_alive_at_a_time() -> None:
 
     bounds = [(0, 10), (10, 20), (20, N)]
     teachers = [TeacherRows(str(a), slice(a, b), 1.0, lambda a=a, b=b: teacher_NG[a:b], head) for a, b in bounds]
-    loss, _ = one_head_at_a_time("reverse_kl", student_NH, head_VH, teachers)
+    loss, _ = one_head_at_a_time(Objective(), student_NH, head_VH, teachers)
     assert counts == [0, 0, 0]
     assert all(reference() is None for reference in alive)  # none of them waits for the backward pass
     loss.backward()
@@ -125,34 +127,39 @@ SEQUENCES = [list(tokens(text)) for text in ("hello world", "a?", "1234567890123
 KEPT = [5, 1, 12, 2]
 
 
+def states_of(teacher: TeacherWorker, path: str, rows: slice = slice(None), dtype: str | None = None) -> Tensor:
+    work, *blocks = teacher.hidden_states(path, SEQUENCES[rows], KEPT[rows], dtype)
+    assert work.bytes_returned == sum(block.nbytes for block in blocks)
+    return joined(path, KEPT[rows], blocks)
+
+
 def test_a_teachers_states_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     model = tiny_model(0)
     teacher = TeacherWorker("hf", budget_bytes=1 << 30)
-    states = teacher.hidden_states(save(model, tmp_path / "t"), SEQUENCES, KEPT)
+    states = states_of(teacher, save(model, tmp_path / "t"))
     expected = []
     for sequence, kept in zip(SEQUENCES, KEPT, strict=True):
         state = model.model(input_ids=torch.tensor([sequence])).last_hidden_state[0, :-1]
         expected.append(state[-kept:])
     assert states.shape == (sum(KEPT), model.config.hidden_size)
-    assert (torch.from_numpy(states) - torch.cat(expected)).abs().max() < 1e-5
+    assert (states - torch.cat(expected)).abs().max() < 1e-5
 
 
 def test_states_times_head_are_the_teachers_logits(tmp_path: Path) -> None:
     model, teacher = tiny_model(0), TeacherWorker("hf", budget_bytes=1 << 30)
     path = save(model, tmp_path / "t")
-    states = teacher.hidden_states(path, SEQUENCES[:1], KEPT[:1])
+    states = states_of(teacher, path, slice(1))
     logits = model(input_ids=torch.tensor(SEQUENCES[:1])).logits[0, -KEPT[0] - 1 : -1]
-    assert (torch.from_numpy(states @ teacher.head(path).T) - logits).abs().max() < 1e-5
-    assert teacher.vocabulary_size(path) == len(logits[0])
+    assert (states @ teacher.head(path).tensor().T - logits).abs().max() < 1e-5
 
 
 def test_long_batches_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tiny_model(0), tmp_path / "t")
     teacher = TeacherWorker("hf", budget_bytes=1 << 30)
-    together = teacher.hidden_states(path, SEQUENCES, KEPT)
-    monkeypatch.setattr("distill.teacher.TOKENS_PER_FORWARD", 24)
-    apart = teacher.hidden_states(path, SEQUENCES, KEPT)
-    assert abs(together - apart).max() < 1e-5
+    together = states_of(teacher, path)
+    monkeypatch.setattr("distill.prefill.TOKENS_PER_FORWARD", 24)
+    apart = states_of(teacher, path)
+    assert (together - apart).abs().max() < 1e-5
 
 
 def test_the_teacher_not_used_for_longest_makes_room(tmp_path: Path) -> None:

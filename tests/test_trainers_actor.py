@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from distill.teacher import TeacherPool, start_teachers
+from distill.pool import TeacherPool, start_teachers
 from posttrain.errors import BadInput
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.divergence import vocabulary_mismatch
+from distill.canary import Canary
+from distill.store import TeacherWork, joined
 from distill.teacher import TeacherWorker
 from posttrain.errors import BadInput
 from posttrain.recipe.schema import OpdStage, OptimizerConfig, RolloutConfig, SftStage
 from posttrain.trainers.jobs import OpdJob
-from posttrain.trainers.opd import ordered_by_teacher, train_opd
+from posttrain.trainers.mixing import ordered_by_teacher
+from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import train_sft
 from rollouts.types import Sampling
@@ -32,20 +34,29 @@ class LocalTeachers:
     def __init__(self, family: str = "hf") -> None:
         self.worker = TeacherWorker(family, budget_bytes=1 << 30)
         self.asked: list[tuple[str, Sequence[Sequence[int]]]] = []
+        self.work: dict[str, TeacherWork] = {}
 
-    def check_vocabulary(self, teachers: Sequence[str], student_size: int) -> None:
+    def examine(self, teachers: Sequence[str], canary: Canary, outside: Sequence[str]) -> None:
         for teacher in teachers:
-            if (size := self.worker.vocabulary_size(teacher)) != student_size:
-                raise BadInput(vocabulary_mismatch(teacher, size, student_size))
+            self.worker.examine(teacher, canary, teacher in outside)
 
     def hidden_states(
-        self, teacher: str, sequences: Sequence[Sequence[int]], kept: Sequence[int]
+        self, teacher: str, sequences: Sequence[Sequence[int]], kept: Sequence[int], dtype: str | None
     ) -> Callable[[], Tensor]:
         self.asked.append((teacher, sequences))
-        return lambda: torch.from_numpy(self.worker.hidden_states(teacher, sequences, kept))
+
+        def states() -> Tensor:
+            self.work[teacher], *blocks = self.worker.hidden_states(teacher, sequences, kept, dtype)
+            return joined(teacher, kept, blocks)
+
+        return states
 
     def head(self, teacher: str) -> Callable[[], Tensor]:
-        return lambda: torch.from_numpy(self.worker.head(teacher).copy())
+        return lambda: self.worker.head(teacher).tensor().clone()
+
+    def take_work(self) -> dict[str, TeacherWork]:
+        work, self.work = self.work, {}
+        return work
 
 
 class Gradients(Progress):
@@ -203,7 +214,8 @@ def test_a_domain_without_a_teacher_is_refused(experts: dict[str, str]) -> None:
 
 def test_batches_are_ordered_by_teacher_and_follow_the_shares() -> None:
     supply = {name: prompts(name, ["a", "b", "c"]) for name in ("x", "y", "z")}
-    rows = ordered_by_teacher(supply, {"x": 5.0, "y": 2.0, "z": 0.5}, steps=30, batch_size=4, seed=0)
+    shares = {"x": 5.0, "y": 2.0, "z": 0.5}
+    rows = list(ordered_by_teacher(supply, lambda: shares, steps=30, batch_size=4, seed=0))
     assert len(rows) == 120
     for step in range(30):
         domains = [row.domain for row in rows[4 * step : 4 * step + 4]]

@@ -71,6 +71,10 @@ class Recorder:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
+        self.events: list[dict[str, object]] = []
+
+    def event(self, name: str, /, **fields: object) -> None:
+        self.events.append({"event": name} | fields)
 
     def write(self, stage: str, step: int, steps: int, metrics: dict[str, float]) -> None:
         self.lines.append({"step": step, "steps": steps} | metrics)

@@ -39,6 +39,8 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
     checked = Checked()
     for key, found in _model(recipe, document):
         _add(checked, key, found)
+    for key, found in _teachers(recipe, document):
+        _add(checked, key, found)
     for name, domain in recipe.domains.items():
         key = ("domains", name, "source")
         if isinstance(domain.source, ReasoningGymSource):
@@ -125,6 +127,20 @@ def _lora_targets(recipe: Recipe) -> Iterator[Problem]:
                 where = (*split_key(f"stages.{key}.lora.targets"), index)
                 found = f"no target {name!r}{did_you_mean(name, LORA_TARGETS)}"
                 yield Problem(where, found, choices(LORA_TARGETS, "targets"))
+
+
+def _teachers(recipe: Recipe, document: Document) -> Iterator[tuple[KeyPath, str | Path | None]]:
+    """Teachers from elsewhere that are directories; what is behind a URL is seen when it is fetched."""
+    student = recipe.stages.student
+    for domain, teachers in student.teachers.items() if student else ():
+        for index, teacher in enumerate(teachers):
+            if teacher.checkpoint is not None and "://" not in teacher.checkpoint:
+                key: KeyPath = ("stages", "student", "teachers", domain, index, "checkpoint")
+                path = _resolve(teacher.checkpoint, _base(document, key))
+                if not path.is_dir():
+                    yield key, f"there is no directory {path}"
+                else:
+                    yield key, path if (path / "config.json").is_file() else f"{path} has no config.json"
 
 
 def _model_files(value: str, base: Path, files: tuple[str, ...]) -> str | Path | None:

@@ -14,6 +14,7 @@ from posttrain.recipe.schema import (
     ReasoningGymSource,
     Recipe,
     SftStage,
+    TeacherConfig,
 )
 
 
@@ -31,7 +32,8 @@ def stage_tree(recipe: Recipe) -> Tree:
         steps = f"{student.steps:,} steps of {student.batch_size:,} samples of its own"
         node = base.add(Text(f"student: {student.divergence}, {steps}"))
         for name in recipe.domains:
-            node.add(Text(f"teacher: expert/{name}/{recipe.expert_stages(name)[-1].kind}{_weights(recipe, name)}"))
+            for teacher in student.teachers_of(name):
+                node.add(Text(f"teacher: {_teacher(recipe, teacher, name)}{_weights(recipe, name)}"))
     for hook in recipe.evaluation:
         answers = f"{hook.holdout.samples} answer{'s' if hook.holdout.samples > 1 else ''} each"
         tree.add(Text(f"evaluation of every model: {hook.holdout.n:,} held-out problems of each domain, {answers}"))
@@ -80,6 +82,13 @@ def _steps(stage: SftStage | GrpoStage) -> str:
         origin = f" from {stage.conversations.jsonl}" if stage.conversations else ""
         return f"{stage.steps:,} steps of {stage.batch_size:,} examples{origin}"
     return f"{stage.steps:,} steps of {stage.prompts_per_step:,} prompts with {stage.group_size:,} answers each"
+
+
+def _teacher(recipe: Recipe, teacher: TeacherConfig, domain: str) -> str:
+    if teacher.expert is None:
+        return f"{teacher.checkpoint} for {domain}"
+    name = f"expert/{teacher.expert}/{recipe.expert_stages(teacher.expert)[-1].kind}"
+    return name if teacher.expert == domain else f"{name} for {domain}"
 
 
 def _weights(recipe: Recipe, domain: str) -> str:

@@ -5,6 +5,8 @@ milliseconds and on a machine without torch. Unknown keys fail; defaults are set
 were seen to work.
 """
 
+# Ruff sees a pydantic model only where its base is in the same file; pydantic copies mutable defaults.
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from posttrain.recipe.conversations import ConversationsConfig, EnvironmentConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
+from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """Names of recipes and runs: they become directories."""
@@ -67,6 +70,8 @@ class ClusterConfig(Section):
     trainers: int = Field(1, ge=1)
     rollout_workers: int = Field(1, ge=1)
     teacher_workers: int = Field(1, ge=1)
+    teacher_memory_mib: int = Field(1024, ge=1)
+    """Host memory in which each teacher worker keeps teachers; one is kept however large."""
     threads: int = Field(1, ge=1)
     """CPU threads of each actor's numerical libraries."""
     gpus_per_worker: float = Field(0, ge=0)
@@ -442,21 +447,60 @@ class OpdStage(Section):
     """On-policy distillation (V4 report eq. 29): the student samples, the sample's expert teaches."""
 
     kind: Literal["opd"] = "opd"
-    init: Literal["base"] = "base"
-    teachers: Literal["experts"] = "experts"
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    init: Literal["base", "average", "task_arithmetic"] = "base"
+    """What the student starts from: the base, the mean of the experts' weights, or the base plus `init_scale` times
+    the sum of what each expert changed."""
+    init_scale: float | None = Field(None, gt=0)
+    """With `task_arithmetic`; default: 1 / the number of experts, which is `average`."""
+    teachers: Annotated[dict[str, Teachers], BeforeValidator(experts_or_mapping)] = {}
+    """Who teaches a domain other than its own expert (`experts`: nobody). Several teach every sample together: their
+    divergences are averaged by their weights."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token", "fixed_negative"] = "reverse_kl"
+    """The last two are for comparisons: an estimate of the reverse KL from sampled tokens alone, and a control that
+    makes all sampled tokens less likely (docs/distillation.md)."""
+    divergence_temperature: float = Field(1.0, gt=0)
+    """Of both distributions in the divergence; `temperature` is that of sampling."""
+    jsd_beta: float | None = Field(None, gt=0, lt=1)
+    """Share of the teacher in the mixture; default: 0.5."""
+    top_k: int | None = Field(None, ge=1)
+    """Compare only the teacher's k likeliest tokens, and all others as if they were one; default: every token."""
+    hidden_dtype: Literal["bfloat16"] | None = None
+    """Round teachers' hidden states to it on the way; default: the teacher's own precision."""
     steps: int = Field(100, ge=1)
     batch_size: int = Field(64, ge=1)
     """Student samples in one optimiser step, over all domains."""
     temperature: float = Field(1.0, gt=0)
+    mask_truncated: bool = False
+    """Learn nothing from answers that were cut off."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Loss weight w_i of each domain's teacher; default 1."""
+    normalise_kl: bool = False
+    """Divide each domain's divergence by its running mean (and multiply by the mean of all), so that a teacher that
+    is far away does not drown the others."""
     shares: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Share of each domain among the samples; default: equal."""
+    adaptive_shares: float = Field(0.0, ge=0)
+    """Shares are multiplied by (a domain's running divergence / the mean of all) to this power, at most 4 times more
+    or less; 0: they are fixed."""
+    guards: GuardsConfig = GuardsConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     lora: LoraConfig | None = None
     freeze_router: bool = False
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+
+    @model_validator(mode="after")
+    def _options_belong(self) -> OpdStage:
+        if self.jsd_beta is not None and self.divergence != "jsd":
+            raise _wrong("jsd_beta", f"is for `divergence: jsd`; {self.divergence} has no mixture")
+        if self.init_scale is not None and self.init != "task_arithmetic":
+            raise _wrong("init_scale", f"is for `init: task_arithmetic`; {self.init} has no scale")
+        if self.top_k is not None and self.divergence in ("sampled_token", "fixed_negative"):
+            raise _wrong("top_k", f"{self.divergence} looks at the sampled token only; leave it out")
+        return self
+
+    def teachers_of(self, domain: str) -> list[TeacherConfig]:
+        """Who teaches a domain."""
+        return self.teachers.get(domain, [TeacherConfig(expert=domain)])
 
 
 class GateConfig(Section):
@@ -527,12 +571,20 @@ class Recipe(Section):
             "stages.experts.overrides": self.stages.experts.overrides,
             "stages.student.weights": student.weights if student else {},
             "stages.student.shares": student.shares if student else {},
+            "stages.student.teachers": student.teachers if student else {},
             **{f"stages.{key}.beta_by_domain": stage.beta_by_domain for key, stage in self._grpo_stages()},
         }
         for key, mapping in named.items():
             for domain in mapping:
                 if domain not in self.domains:
                     raise _wrong(f"{key}.{domain}", f"no such domain; the domains are {', '.join(self.domains)}")
+        for domain, teachers in student.teachers.items() if student else ():
+            for index, teacher in enumerate(teachers):
+                if teacher.expert is not None and teacher.expert not in self.domains:
+                    raise _wrong(
+                        f"stages.student.teachers.{domain}[{index}].expert",
+                        f"no such domain; the domains are {', '.join(self.domains)}",
+                    )
         if self.model.family == "hf" and self.rollout.engine == "native":
             raise _wrong("rollout.engine", "must be vllm for `model.family: hf`; the native engine is for deepseek_v4")
         if self.model.family == "deepseek_v4" and self.rollout.engine == "vllm" and not self.cluster.gpus_per_worker:

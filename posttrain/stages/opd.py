@@ -9,14 +9,15 @@ from posttrain.stages.episodes import episodes_of
 from posttrain.stages.grpo import draw, first_version, prompts_of
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
-from posttrain.trainers.jobs import OpdJob
+from posttrain.trainers.jobs import OpdJob, Teacher
 
 
 def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path]) -> Path:
     """The student samples on every domain; each sample is taught by its domain's expert. Returns the checkpoint."""
 
     def job(output: str) -> OpdJob:
-        problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in experts}
+        teachers = teachers_by_domain(work, config, experts)
+        problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in teachers}
         everything = [problem for group in problems.values() for problem in group]
         return OpdJob(
             stage=name,
@@ -24,8 +25,8 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
             checkpoint=str(start),
             output=output,
             prompts={domain: prompts_of(work, group) for domain, group in problems.items()},
-            teachers={domain: str(path) for domain, path in experts.items()},
-            max_new_tokens={domain: work.recipe.domains[domain].longest_completion for domain in experts},
+            teachers=teachers,
+            max_new_tokens={domain: work.recipe.domains[domain].longest_completion for domain in teachers},
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),
@@ -39,3 +40,18 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
         lambda output: cluster.trainers[0].opd.remote(job(output), client, cluster.teachers()),
         client,
     )
+
+
+def teachers_by_domain(work: Work, config: OpdStage, experts: dict[str, Path]) -> dict[str, list[Teacher]]:
+    """Who teaches each domain, without the experts that their gates dropped; a domain without a teacher is left out."""
+    found = {}
+    for domain in work.recipe.domains:
+        teachers = [
+            Teacher(teacher.name, str(experts[teacher.expert]) if teacher.expert else str(teacher.checkpoint),
+                    teacher.weight, outside=teacher.expert is None)
+            for teacher in config.teachers_of(domain)
+            if teacher.expert is None or teacher.expert in experts
+        ]  # fmt: skip
+        if teachers:
+            found[domain] = teachers
+    return found

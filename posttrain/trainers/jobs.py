@@ -68,6 +68,20 @@ class GrpoJob:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """Who teaches a domain, alone or with others."""
+
+    name: str
+    """In metrics."""
+    checkpoint: str
+    """A directory, or a URL."""
+    weight: float = 1.0
+    """Against the domain's other teachers."""
+    outside: bool = False
+    """It was not trained by this run: it is looked at more closely (`distill.canary`)."""
+
+
+@dataclass(frozen=True)
 class OpdJob:
     stage: str
     config: OpdStage
@@ -75,14 +89,19 @@ class OpdJob:
     output: str
     prompts: Mapping[str, Sequence[Prompt]]
     """For each domain, in the order of use."""
-    teachers: Mapping[str, str]
-    """For each domain, the directory of its expert."""
+    teachers: Mapping[str, str | Sequence[Teacher]]
+    """For each domain, the directory of its expert, or several teachers."""
     max_new_tokens: Mapping[str, int]
     reward: Reward | None = None
     """Scores the student's samples for the log; the loss does not see it."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     first_version: int = 0
     episodes: Episodes | None = None
+
+    def teachers_of(self, domain: str) -> Sequence[Teacher]:
+        """Who teaches a domain."""
+        found = self.teachers[domain]
+        return [Teacher(domain, found)] if isinstance(found, str) else found
 
 
 @dataclass

@@ -29,7 +29,11 @@ def load_model(family: str, path: str | Path) -> PreTrainedModel:
         if torch.cuda.is_available():
             accumulate_in_place(model)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=None)
+        options = {"dtype": torch.float32, "device_map": None, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        if missing := sorted(info["missing_keys"]):  # transformers would train on with random values
+            names = ", ".join(missing[:5])
+            raise BadInput(f"{path}: its files lack {len(missing)} of the model's tensors: {names}")
     if getattr(model, "generation_config", None) is None:
         # TRL writes the pad token into it and reads the end-of-sequence tokens from it
         model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id)

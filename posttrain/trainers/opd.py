@@ -2,10 +2,10 @@
 
     L = sum_i w_i D_i / sum_i w_i,     D_i = mean over the tokens of domain i's samples of D(student, expert i)
 
-Each step samples answers from the current student, asks each sample's expert for its hidden states, and takes the
-exact divergence over the whole vocabulary, at temperature 1, on the sampled prefixes. Dividing by the sum of the
-weights keeps the loss in nats per token whatever the number of experts; a domain counts by its weight, not by how long
-its answers are. Samples are ordered by expert, and one expert's head is in memory at a time.
+Each step samples answers from the current student, asks each sample's teachers for their hidden states, and takes the
+exact divergence over the whole vocabulary on the sampled prefixes (or what else the recipe says). Dividing by the sum
+of the weights keeps the loss in nats per token whatever the number of experts; a domain counts by its weight, not by
+how long its answers are. Samples are ordered by teacher, and one teacher's states and head are in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,62 +13,82 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.divergence import BETA, Divergence, TeacherReport, TeacherRows, one_head_at_a_time
+from distill.canary import Canary, end_tokens, vocabulary_digest
+from distill.divergence import TeacherReport, TeacherRows, one_head_at_a_time
+from distill.objective import Objective
+from distill.store import TeacherWork
 from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
 from posttrain.recipe.schema import OpdStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
-from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, derive_seed, means_by_effort
+from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.grpo import placeholders
-from posttrain.trainers.jobs import OpdJob, Prompt, Reward
+from posttrain.trainers.jobs import OpdJob, Reward, Teacher
 from posttrain.trainers.mismatch import LogprobDifference
+from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
 from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import frozen_router
-from posttrain.trainers.settings import cycle, training_arguments
+from posttrain.trainers.settings import training_arguments
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
 from rollouts.environments import with_episodes
 
+CANARY_PROMPTS = 4
+"""Of each domain: what every teacher is tried on."""
+
 
 class Teachers(Protocol):
-    """The teachers' side (`distill.teacher.TeacherPool`). A teacher is named by its checkpoint's directory."""
+    """The teachers' side (`distill.pool.TeacherPool`). A teacher is named by its checkpoint: a directory or a URL."""
 
-    def check_vocabulary(self, teachers: Sequence[str], student_size: int) -> None: ...
+    def examine(self, teachers: Sequence[str], canary: Canary, outside: Sequence[str]) -> None: ...
 
     def hidden_states(
-        self, teacher: str, sequences: Sequence[Sequence[int]], kept: Sequence[int]
+        self, teacher: str, sequences: Sequence[Sequence[int]], kept: Sequence[int], dtype: str | None
     ) -> Callable[[], Tensor]: ...
 
     def head(self, teacher: str) -> Callable[[], Tensor]: ...
 
+    def take_work(self) -> dict[str, TeacherWork]: ...
+
+
+@dataclass
+class Taught:
+    """A domain's part of a batch, on its way to its teachers."""
+
+    domain: str
+    tokens: int
+    length: float
+    """Mean, of an answer."""
+    states: list[tuple[Teacher, Callable[[], Tensor]]]
+
 
 class OpdTrainer(OnPolicyTrainer):
-    """TRL's distillation trainer with one teacher for each domain. Set the attributes before `train()`."""
+    """TRL's distillation trainer with teachers for each domain. Set the attributes before `train()`."""
 
-    kind: Divergence
+    job: OpdJob
     teachers: Teachers
-    experts: Mapping[str, str]
-    """For each domain, the checkpoint of its expert."""
-    weights: Mapping[str, float]
-    """For each domain, w_i; they sum to one."""
-    reward: Reward | None
     rollouts: RolloutGeneration
     progress: Progress
     difference: LogprobDifference
+    mixing: Mixing
+    guards: Guards
 
     def batch_generated(self, inputs: Sequence[Batch]) -> None:
-        """Send every sample to its teacher: they work while the student's own forward pass runs."""
+        """Send every sample to its teachers: they work while the student's own forward pass runs."""
         samples = self.rollouts.samples
-        self._domains: list[tuple[str, int, Callable[[], Tensor]]] = []
+        self._taught: list[Taught] = []
+        self._sent = time.perf_counter()
         first = 0
         for domain, members in groupby(inputs, key=lambda row: row["domain"]):
             rows = list(members)
@@ -76,19 +96,25 @@ class OpdTrainer(OnPolicyTrainer):
             first += len(rows)
             kept = [len(tokens) for tokens in completions]
             sequences = [row["prompt"] + tokens for row, tokens in zip(rows, completions, strict=True)]
-            pending = self.teachers.hidden_states(self.experts[domain], sequences, kept)
-            self._domains.append((domain, sum(kept), pending))
+            dtype = self.job.config.hidden_dtype
+            states = [
+                (teacher, self.teachers.hidden_states(teacher.checkpoint, sequences, kept, dtype))
+                for teacher in self.job.teachers_of(domain)
+            ]
             sampled = [sum(sample.loss_mask) for sample in samples[first - len(rows) : first]]
-            self.progress.add(f"completion_length/{domain}", sum(sampled) / len(sampled))
-        if self.reward is not None:
-            self._score(self.reward, inputs)
+            length = sum(sampled) / len(sampled)
+            self._taught.append(Taught(domain, sum(kept), length, states))
+            self.progress.add(f"completion_length/{domain}", length)
+            self.progress.add(f"share/{domain}", len(rows) / len(inputs))
+        if self.job.reward is not None:
+            self._score(self.job.reward, inputs)
 
     def divergence_loss(self, hidden_BTH: Tensor, head_VH: Tensor, inputs: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss over all domains, one teacher after the other."""
         chosen_BT = inputs["completion_mask"].bool()
         hidden_NH = hidden_BTH[chosen_BT]  # sample after sample, so a domain's positions are next to each other
+        targets_N = inputs["completion_ids"][chosen_BT]
         with torch.no_grad():
-            targets_N = inputs["completion_ids"][chosen_BT]
             logps_N = sampled_logps(hidden_NH, head_VH, targets_N, self.rollouts.temperature)
         samples = self.rollouts.samples
         sampler_N = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
@@ -98,39 +124,82 @@ class OpdTrainer(OnPolicyTrainer):
         for name, value in self.difference.add(logps_N.cpu()[fresh_N], sampler_N[fresh_N]).items():
             self.progress.add(name, value)
         started = time.perf_counter()
-        learned_N = sampled_N & (ages_N <= self.rollouts.ages.limit)
+        learned_N = sampled_N & (ages_N <= self.rollouts.ages.limit) & self._not_masked()
+        chosen_N = learned_N.to(hidden_NH.device)
+        rows = self._teacher_rows(learned_N)
         loss, reports = one_head_at_a_time(
-            self.kind, hidden_NH[learned_N.to(hidden_NH.device)], head_VH, self._teacher_rows(learned_N)
+            objective_of(self.job.config), hidden_NH[chosen_N], head_VH, rows, targets_N[chosen_N]
         )
         self.progress.add("seconds_divergence", time.perf_counter() - started)
-        self._report(reports)
-        entropy = torch.tensor(sum(report.student_entropy * report.tokens for report in reports))
-        return loss, entropy, torch.tensor(max(1, sum(report.tokens for report in reports)))
+        entropy = torch.tensor(self._report(reports))
+        return loss, entropy, torch.tensor(max(1, int(learned_N.sum())))
+
+    def _not_masked(self) -> Tensor:
+        """Which of the sampled tokens the recipe lets be learned from."""
+        samples, masks = self.rollouts.samples, self.job.config.mask_truncated
+        whole_B = torch.tensor([not (masks and sample.finish_reason == "length") for sample in samples])
+        return whole_B.repeat_interleave(torch.tensor([len(sample.token_ids) for sample in samples]))
 
     def _teacher_rows(self, learned_N: Tensor) -> list[TeacherRows]:
-        """What each teacher teaches of the positions that `learned_N` keeps; a teacher without any is left out."""
+        """What each teacher teaches of the positions that `learned_N` keeps; a domain without any is left out."""
+        config = self.job.config
+        total = sum(config.weights.get(domain, 1.0) for domain in self.job.prompts)
         rows, position, first = [], 0, 0
-        for domain, tokens, pending in self._domains:
+        self._learned: list[tuple[Taught, list[float]]] = []
+        for taught in self._taught:
+            domain, tokens = taught.domain, taught.tokens
             kept_N = learned_N[position : position + tokens]
             position += tokens
             count = int(kept_N.sum())
             if count:
-                head = self.teachers.head(self.experts[domain])
-                hidden = pending if count == tokens else partial(_selected, pending, kept_N)
-                rows.append(TeacherRows(domain, slice(first, first + count), self.weights[domain], hidden, head))
+                weight = config.weights.get(domain, 1.0) / total * self.mixing.factor(domain)
+                weights = _relative([teacher.weight for teacher, _ in taught.states])
+                self._learned.append((taught, weights))
+                for (teacher, pending), part in zip(taught.states, weights, strict=True):
+                    head = self.teachers.head(teacher.checkpoint)
+                    hidden = pending if count == tokens else partial(_selected, pending, kept_N)
+                    name = domain if len(weights) == 1 else f"{domain}/{teacher.name}"
+                    rows.append(TeacherRows(name, slice(first, first + count), weight * part, hidden, head))
             first += count
         return rows
 
-    def _report(self, reports: Sequence[TeacherReport]) -> None:
-        tokens = sum(report.tokens for report in reports)
-        if not tokens:  # all of them too old to learn from
-            return
-        self.progress.add("kl", sum(report.divergence * report.tokens for report in reports) / tokens)
+    def _report(self, reports: Sequence[TeacherReport]) -> float:
+        """Note what happened; returns the sum of the student's entropies."""
         for report in reports:
             self.progress.add(f"kl/{report.name}", report.divergence)
             self.progress.add(f"top1_agreement/{report.name}", report.top1_agreement)
             self.progress.add(f"entropy/{report.name}", report.student_entropy)
             self.progress.add(f"teacher_entropy/{report.name}", report.teacher_entropy)
+        self._report_work()
+        remaining = iter(reports)
+        domains: dict[str, tuple[int, float, float]] = {}
+        for taught, weights in self._learned:
+            own = [next(remaining) for _ in weights]
+            divergence = sum(weight * report.divergence for weight, report in zip(weights, own, strict=True))
+            domains[taught.domain] = own[0].tokens, divergence, own[0].student_entropy
+            if len(own) > 1:
+                self.progress.add(f"kl/{taught.domain}", divergence)
+                self.progress.add(f"entropy/{taught.domain}", own[0].student_entropy)
+        for taught in self._taught:
+            entropy = domains[taught.domain][2] if taught.domain in domains else None
+            self.guards.check(taught.domain, entropy, taught.length)
+        self.mixing.learned({domain: divergence for domain, (_, divergence, _) in domains.items()})
+        if domains:  # not all of them too old to learn from
+            tokens = sum(tokens for tokens, _, _ in domains.values())
+            self.progress.add("kl", sum(divergence * tokens for tokens, divergence, _ in domains.values()) / tokens)
+        return sum(entropy * tokens for tokens, _, entropy in domains.values())
+
+    def _report_work(self) -> None:
+        """What the teachers did since the batch was sent to them."""
+        names = {teacher.checkpoint: teacher.name for taught in self._taught for teacher, _ in taught.states}
+        elapsed = time.perf_counter() - self._sent
+        for checkpoint, work in self.teachers.take_work().items():
+            name = names[checkpoint]
+            self.progress.add(f"seconds_teacher/{name}", work.seconds_compute)
+            self.progress.add(f"seconds_teacher_load/{name}", work.seconds_load + work.seconds_swap)
+            self.progress.add(f"teacher_bytes_loaded/{name}", work.bytes_loaded)
+            self.progress.add(f"teacher_bytes_returned/{name}", work.bytes_returned)
+            self.progress.add(f"teacher_busy/{name}", work.seconds_compute / elapsed)
 
     def _score(self, reward: Reward, inputs: Sequence[Batch]) -> None:
         samples = self.rollouts.samples
@@ -155,30 +224,14 @@ def _selected(states: Callable[[], Tensor], kept_N: Tensor) -> Tensor:
     return states()[kept_N]
 
 
-def ordered_by_teacher(
-    prompts: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], steps: int, batch_size: int, seed: int
-) -> list[Prompt]:
-    """`steps` batches of `batch_size` prompts, in each batch one domain after the other.
+def _relative(weights: Sequence[float]) -> list[float]:
+    """They sum to one."""
+    return [weight / sum(weights) for weight in weights]
 
-    Over the steps each domain's part approaches its share (equal where `shares` has none): what a batch cannot give
-    a domain because samples are whole, the next ones make up for.
-    """
-    domains = sorted(prompts)
-    total = sum(shares.get(domain, 1.0) for domain in domains)
-    owed = dict.fromkeys(domains, 0.0)
-    counts: list[dict[str, int]] = []
-    for _ in range(steps):
-        for domain in domains:
-            owed[domain] += batch_size * shares.get(domain, 1.0) / total
-        count = {domain: max(0, int(owed[domain])) for domain in domains}
-        for _ in range(batch_size - sum(count.values())):
-            count[max(domains, key=lambda domain: (owed[domain] - count[domain], domain))] += 1
-        for domain in domains:
-            owed[domain] -= count[domain]
-        counts.append(count)
-    needed = {domain: sum(count[domain] for count in counts) for domain in domains}
-    supply = {d: iter(cycle(prompts[d], needed[d], derive_seed(seed, d))) for d in domains}
-    return [next(supply[domain]) for count in counts for domain in domains for _ in range(count[domain])]
+
+def objective_of(config: OpdStage) -> Objective:
+    """What the recipe's student minimises."""
+    return Objective(config.divergence, config.divergence_temperature, config.jsd_beta, config.top_k)
 
 
 def train_opd(
@@ -194,14 +247,15 @@ def train_opd(
 
     Raises BadInput when a teacher is missing or has another vocabulary.
     """
-    check_teachers(model, job, teachers)
+    check_teachers(model, tokenizer, job, teachers)
     config, domains = job.config, sorted(job.prompts)
-    rows = ordered_by_teacher(job.prompts, config.shares, config.steps, config.batch_size, seed)
+    mixing = Mixing(config, domains, progress)
+    rows = ordered_by_teacher(job.prompts, mixing.shares, config.steps, config.batch_size, seed)
     generation = RolloutGeneration(
         client=with_episodes(client, job.episodes),
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
         stage=job.stage,
-        asks=iter([Ask(prompt, prompt.max_new_tokens or job.max_new_tokens[prompt.domain]) for prompt in rows]),
+        asks=(Ask(prompt, prompt.max_new_tokens or job.max_new_tokens[prompt.domain]) for prompt in rows),
         steps=config.steps,
         prompts_per_step=config.batch_size,
         temperature=config.temperature,
@@ -220,15 +274,13 @@ def train_opd(
             model=model,
             generation=generation,
             args=opd_arguments(config, longest, scratch, seed),
-            train_dataset=placeholders(len(rows)),
+            train_dataset=placeholders(config.steps * config.batch_size),
             processing_class=tokenizer,
             optimizers=build_optimizer(model, config.optimizer, config.steps),
             callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
-        total = sum(config.weights.get(domain, 1.0) for domain in domains)
-        trainer.kind, trainer.teachers, trainer.experts = config.divergence, teachers, job.teachers
-        trainer.weights = {domain: config.weights.get(domain, 1.0) / total for domain in domains}
-        trainer.reward, trainer.progress = job.reward, progress
+        trainer.job, trainer.teachers, trainer.progress = job, teachers, progress
+        trainer.mixing, trainer.guards = mixing, Guards(config.guards, job.stage, progress)
         trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
         trainer.train()
     generation.finish()
@@ -246,17 +298,23 @@ def opd_arguments(config: OpdStage, max_new_tokens: int, directory: str, seed: i
         optimizer=config.optimizer,
         max_completion_length=max_new_tokens,
         temperature=config.temperature,
-        beta=BETA[config.divergence],
         shuffle_dataset=False,
     )
 
 
-def check_teachers(model: PreTrainedModel, job: OpdJob, teachers: Teachers) -> None:
-    """Raise BadInput unless every domain has a teacher, and all have the student's vocabulary."""
+def check_teachers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: OpdJob, teachers: Teachers) -> None:
+    """Raise BadInput unless every domain has a teacher, and all can teach this student (`distill.canary`)."""
     missing = sorted(set(job.prompts) - set(job.teachers))
     if missing:
         raise BadInput(f"stage {job.stage}: no teacher for the domains {missing}; there are {sorted(job.teachers)}")
     if problem := distillation_obstacle(model):
         raise BadInput(f"stage {job.stage}: {problem}")
-    used = [job.teachers[domain] for domain in sorted(job.prompts)]
-    teachers.check_vocabulary(used, model.get_output_embeddings().weight.size(0))
+    used = [teacher for domain in sorted(job.prompts) for teacher in job.teachers_of(domain)]
+    canary = Canary(
+        prompts=[prompt.token_ids for domain in sorted(job.prompts) for prompt in job.prompts[domain][:CANARY_PROMPTS]],
+        vocabulary=model.get_output_embeddings().weight.size(0),
+        eos=sorted({*end_tokens(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}),
+        tokens=vocabulary_digest(Path(job.checkpoint)) if job.checkpoint else None,
+    )
+    outside = [teacher.checkpoint for teacher in used if teacher.outside]
+    teachers.examine([teacher.checkpoint for teacher in used], canary, outside)

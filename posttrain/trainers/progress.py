@@ -56,6 +56,11 @@ class Progress(TrainerCallback):
         self._tokens_of_step += count
         self.tokens += count
 
+    def warn(self, message: str) -> None:
+        """Put a warning into the run's log."""
+        if self.log is not None:
+            self.log.event("warning", stage=self.stage, message=message)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

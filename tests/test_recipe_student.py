@@ -1,0 +1,64 @@
+"""The student's part of a recipe: who teaches, from what it starts, what belongs together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.errors import BadInput
+from posttrain.recipe import Recipe, load_recipe
+from posttrain.recipe.graph import stage_tree
+from posttrain.recipe.schema import TeacherConfig
+from posttrain.recipe.student import GuardsConfig
+from tests.recipe_kit import recipe_with, write_recipe
+
+
+def student(changes: dict[str, Any]) -> Any:
+    return Recipe(**recipe_with({f"stages.student.{key}": value for key, value in changes.items()})).stages.student
+
+
+@pytest.mark.parametrize("written", [{}, {"teachers": "experts"}, {"teachers": {}}])
+def test_every_domain_has_its_own_expert_unless_the_recipe_says_otherwise(written: dict[str, Any]) -> None:
+    assert student(written).teachers_of("sums") == [TeacherConfig(expert="sums")]
+    assert student(written).guards == GuardsConfig()
+
+
+def test_teachers_may_be_other_experts_and_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text("{}")
+    listed = [{"expert": "words", "weight": 2}, {"checkpoint": "big"}, {"checkpoint": "s3://bucket/teachers/large/"}]
+    recipe = load_recipe(write_recipe(tmp_path / "small.yaml", {"stages.student.teachers": {"sums": listed}}))
+    assert recipe.stages.student is not None
+    teachers = recipe.stages.student.teachers_of("sums")
+    assert [teacher.name for teacher in teachers] == ["words", "big", "large"]
+    assert teachers[1].checkpoint == str(tmp_path / "big")
+    assert teachers[2].checkpoint == "s3://bucket/teachers/large/"
+    assert recipe.stages.student.teachers_of("words") == [TeacherConfig(expert="words")]
+    names = [str(node.label) for node in stage_tree(recipe).children[0].children[-1].children]
+    assert names[0] == "teacher: expert/words/grpo for sums"
+    assert names[1] == f"teacher: {tmp_path / 'big'} for sums"
+    assert names[3] == "teacher: expert/words/grpo"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": "x"}, r"stages.student.teachers: expected `experts`, or a mapping"),
+        ({"teachers": {"other": [{"expert": "sums"}]}}, r"stages.student.teachers.other: no such domain"),
+        ({"teachers": {"sums": [{"expert": "x"}]}}, r"stages.student.teachers.sums\[0\].expert: no such domain"),
+        ({"teachers": {"sums": []}}, r"stages.student.teachers.sums: .*at least 1"),
+        ({"teachers": {"sums": [{"weight": 1}]}}, r"stages.student.teachers.sums\[0\]: give exactly one of `expert`"),
+        ({"teachers": {"sums": [{"checkpoint": "nowhere"}]}}, r"teachers.sums\[0\].checkpoint: there is no directory"),
+        ({"init": "average", "init_scale": 0.5}, r"stages.student.init_scale: is for `init: task_arithmetic`"),
+        ({"jsd_beta": 0.5}, r"stages.student.jsd_beta: is for `divergence: jsd`"),
+        ({"divergence": "sampled_token", "top_k": 8}, r"stages.student.top_k: sampled_token looks at the sampled"),
+        ({"guards": {"patience": 4}}, r"stages.student.guards: there is nothing to guard"),
+        ({"guards": {"length_ratio": 1}}, r"stages.student.guards.length_ratio: must be more than 1"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "small.yaml", {f"stages.student.{key}": value for key, value in changes.items()})
+    with pytest.raises(BadInput, match=message):
+        load_recipe(path)

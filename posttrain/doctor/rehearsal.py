@@ -106,17 +106,18 @@ def _itself(recipe: Recipe, run: RunDirectory, initial: Path) -> Verdict:
     import torch
 
     from distill.divergence import reverse_kl
-    from distill.teacher import TeacherWorker
+    from distill.prefill import states_of
     from posttrain.data import load_domains
     from posttrain.data.rows import sft_rows
     from posttrain.stages.initial import tokenizer_for
+    from posttrain.trainers.models import load_model
 
-    teacher = TeacherWorker(recipe.model.family, budget_bytes=1)
+    model = load_model(recipe.model.family, initial).eval()
     problems = [problem for data in load_domains(run.recipe).values() for problem in data.holdout[:MEASURED]]
     sequences = [row["input_ids"] for row in sft_rows(tokenizer_for(recipe, run), problems)]
     kept = [len(sequence) - 1 for sequence in sequences]
-    states = [torch.from_numpy(teacher.hidden_states(str(initial), sequences, kept)) for _ in range(2)]
-    head = torch.from_numpy(teacher.head(str(initial)))
+    states = [torch.cat(states_of(model, sequences, kept, "cpu")) for _ in range(2)]
+    head = model.get_output_embeddings().weight.detach()
     largest = reverse_kl(states[0], head, states[1], head).abs().max().item()
     status: Status = "ok" if largest <= SELF_DIVERGENCE else "failed"
     return Verdict("student = teacher", status, f"a model is {number(largest)} nats from itself, on {sum(kept)} tokens")

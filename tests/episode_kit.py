@@ -58,7 +58,10 @@ class ScriptedService:
         self.asked: list[GroupRequest] = []
         self.running: list[GroupRequest] = []
         self.failing: set[str] = set()
+        self.consumed: list[str] = []
         self.acknowledged: list[str] = []
+        self.forgotten: list[str] = []
+        """Prefixes."""
         self.cancelled: list[str] = []
 
     def weight_version(self) -> int | None:
@@ -82,8 +85,14 @@ class ScriptedService:
         taken = [self.running.pop(0 if self.fairly else -1) for _ in range(possible)]
         return [self._finish(request) for request in taken]
 
+    def consume(self, ids: Sequence[str]) -> None:
+        self.consumed += ids
+
     def acknowledge(self, ids: Sequence[str]) -> None:
         self.acknowledged += ids
+
+    def forget_under(self, prefix: str) -> None:
+        self.forgotten.append(prefix)
 
     def cancel(self, ids: Sequence[str]) -> None:
         self.cancelled += ids

@@ -110,6 +110,18 @@ def test_problems_without_an_environment_are_answered_by_the_service_itself() ->
     assert Counter(service.acknowledged) == Counter(["s/0/2", "s/0/0/0/0", "s/0/0/0/1", "s/0/0/1/0"])
 
 
+def test_what_was_learned_from_stays_in_the_log_turn_by_turn_until_its_stage_is_over() -> None:
+    service = ScriptedService(solves)
+    client = EpisodeClient(service, episodes())
+    client.submit([group(0)])
+    client.collect(1)
+    client.consume(["s/0/0"])
+    assert Counter(service.consumed) == Counter(["s/0/0/0/0", "s/0/0/0/1", "s/0/0/1/0"])
+    assert not service.acknowledged
+    client.forget_under("s/")
+    assert service.forgotten == ["s/"]
+
+
 def test_a_group_with_a_turn_that_is_given_up_is_given_up_whole() -> None:
     service = ScriptedService(solves)
     service.failing.add("s/0/1/1/1")

@@ -600,6 +600,16 @@ class Recipe(Section):
                     "only `rollout.engine: native` of `model.family: deepseek_v4` returns the experts that tokens "
                     "went to; leave it out",
                 )
+            conversing = [
+                name
+                for name, domain in self.domains.items()
+                if domain.environment and stage in self.expert_stages(name)
+            ]
+            if conversing and (stage.keep_routing or stage.top_p < 1):
+                raise _wrong(
+                    f"stages.{key}.{'keep_routing' if stage.keep_routing else 'top_p'}",
+                    f"is for single answers; domain {conversing[0]} has an environment",
+                )
             if stage.top_p < 1 and self.model.family == "hf":
                 raise _wrong(
                     f"stages.{key}.top_p", "must be 1 for family hf: its trainer looks at the whole vocabulary"

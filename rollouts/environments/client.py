@@ -35,7 +35,11 @@ class Service(Protocol):
         self, count: int, ids: Sequence[str] | None = None, timeout: float | None = None
     ) -> list[FinishedGroup]: ...
 
+    def consume(self, ids: Sequence[str]) -> None: ...
+
     def acknowledge(self, ids: Sequence[str]) -> None: ...
+
+    def forget_under(self, prefix: str) -> None: ...
 
     def cancel(self, ids: Sequence[str]) -> None: ...
 
@@ -110,9 +114,17 @@ class EpisodeClient:
             self._advance()
         return [self._ended.pop(name) for name in ([*self._ended][:count] if ids is None else ids)]
 
+    def consume(self, ids: Sequence[str]) -> None:
+        """The service's, of all turns."""
+        self._client.consume(self._forget(ids))
+
     def acknowledge(self, ids: Sequence[str]) -> None:
         """The service's, of all turns."""
         self._client.acknowledge(self._forget(ids))
+
+    def forget_under(self, prefix: str) -> None:
+        """The service's: the ids of turns begin with those of their groups."""
+        self._client.forget_under(prefix)
 
     def cancel(self, ids: Sequence[str]) -> None:
         """The service's, of all turns."""

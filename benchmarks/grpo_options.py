@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_v4.yaml"))
     parser.add_argument("--domain", default="counting")
     parser.add_argument("--warmup", type=int, default=40, help="SFT steps of the base model")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=32, help="prompts in one step, each answered 8 times")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -38,7 +38,8 @@ class TeacherPool:
     def __init__(self, workers: Sequence[Any]) -> None:
         self.workers = list(workers)
         self._lost: set[int] = set()
-        self._heads: dict[str, Any] = {}
+        self._heads: dict[str, tuple[int, Any]] = {}
+        """Who was asked, and the reference."""
         self._owners: dict[str, int] = {}
         self._work: dict[str, TeacherWork] = {}
 
@@ -53,9 +54,9 @@ class TeacherPool:
         """
         asked = {}
         for teacher in dict.fromkeys(teachers):
-            worker = self.workers[self._owner(teacher)]
-            asked[teacher] = worker.examine.remote(teacher, canary, teacher in outside)
-            self._heads[teacher] = worker.head.remote(teacher)  # while the teacher is in memory
+            owner = self._owner(teacher)
+            asked[teacher] = self.workers[owner].examine.remote(teacher, canary, teacher in outside)
+            self._heads[teacher] = owner, self.workers[owner].head.remote(teacher)  # while the teacher is in memory
         for reference in asked.values():
             _get(reference)
 
@@ -109,11 +110,12 @@ class TeacherPool:
 
         attempts = 0
         while True:
-            owner = self._owner(teacher)
             if teacher not in self._heads:
-                self._heads[teacher] = self.workers[owner].head.remote(teacher)
+                owner = self._owner(teacher)
+                self._heads[teacher] = owner, self.workers[owner].head.remote(teacher)
+            owner, reference = self._heads[teacher]  # the teacher may have gone to another worker meanwhile
             try:
-                packed: PackedTensor = ray.get(self._heads[teacher])
+                packed: PackedTensor = ray.get(reference)
                 return packed.tensor().clone()
             except Exception as error:
                 attempts += 1

@@ -66,7 +66,8 @@ def _problems(domain: DomainConfig) -> str:
         origin = source.jsonl if isinstance(source, JsonlSource) else source.dataset
     rewards = ", ".join(spec if isinstance(spec, str) else next(iter(spec)) for spec in domain.reward)
     counts = f"{domain.train:,} problems to train, {domain.selection:,} to select, {domain.holdout:,} held out"
-    return f"{origin}; {counts}; reward {rewards}{_environment(domain)}"
+    efforts = f"; in {', '.join(domain.modes)}" if domain.modes else ""
+    return f"{origin}; {counts}; reward {rewards}{efforts}{_environment(domain)}"
 
 
 def _environment(domain: DomainConfig) -> str:

@@ -24,7 +24,7 @@ from posttrain.files import atomic_write
 from posttrain.observe.environment import describe_environment
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import load_recipe
-from posttrain.recipe.schema import GrpoStage
+from posttrain.recipe.stages import GrpoStage
 from posttrain.rundir import RunDirectory
 from posttrain.session import describe_engine
 from posttrain.stages.grpo import draw, prompts_of

@@ -17,7 +17,7 @@ from posttrain.data import load_domains
 from posttrain.data.packing import PackedBatch
 from posttrain.data.rows import IGNORED, sft_rows
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 from posttrain.rundir import RunDirectory
 from posttrain.stages.initial import initial_checkpoint, tokenizer_for
 from posttrain.trainers.models import load_model

@@ -12,7 +12,7 @@ from posttrain.errors import RunFailed
 from posttrain.evaluation import evaluate_checkpoint
 from posttrain.observe.status import final_table
 from posttrain.recipe import Recipe
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 from posttrain.rundir import RunDirectory
 from posttrain.session import session
 from posttrain.stages.evaluate import evaluate, passes_gate

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from posttrain.errors import RunFailed
-from posttrain.recipe.schema import ImportanceConfig, OptimizerConfig, RolloutConfig
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.recipe.stages import ImportanceConfig, OptimizerConfig
 from posttrain.trainers.generation import Group
 from posttrain.trainers.grpo import GrpoTrainer
 from posttrain.trainers.mismatch import Ages

@@ -14,7 +14,8 @@ import torch
 
 from posttrain.data.encoding import encode_continuation, encode_prompt
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
-from posttrain.recipe.schema import GrpoStage, OptimizerConfig, RolloutConfig
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.recipe.stages import GrpoStage, OptimizerConfig
 from posttrain.trainers.generation import Sampled
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob, Prompt, Reward

@@ -17,7 +17,7 @@ from posttrain.models.deepseek_v4.presets import SLIDING
 from posttrain.recipe import Recipe
 from posttrain.recipe.document import dotted
 from posttrain.recipe.problems import problems_of
-from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage
+from posttrain.recipe.stages import GrpoStage, OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers import settings
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob, OpdJob

@@ -16,7 +16,8 @@ from posttrain.data import DomainData, load_domain, load_domains
 from posttrain.data.problems import make_problem, place, split_finite, split_key, split_of
 from posttrain.data.template import fill_template
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import DomainConfig, Recipe
+from posttrain.recipe.domains import DomainConfig
+from posttrain.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
 SUM = {"reasoning_gym": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}
@@ -86,7 +87,7 @@ def test_problems_are_the_same_in_every_process():
     code = """
 import json, sys
 from posttrain.data import load_domain
-from posttrain.recipe.schema import DomainConfig
+from posttrain.recipe.domains import DomainConfig
 data = load_domain("d", DomainConfig(**json.loads(sys.argv[1])), 3)
 print(json.dumps({s: [p.id for p in getattr(data, s)] for s in ("train", "selection", "holdout")}))
 """

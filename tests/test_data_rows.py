@@ -13,7 +13,8 @@ from posttrain.data.problems import make_problem
 from posttrain.data.rows import check_problems, prompt_rows, sft_rows
 from posttrain.data.tokenizer import build_character_tokenizer
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import DomainConfig, Recipe
+from posttrain.recipe.domains import DomainConfig
+from posttrain.recipe.schema import Recipe
 
 TOKENIZER = build_character_tokenizer()
 SUM = {

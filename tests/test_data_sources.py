@@ -10,7 +10,7 @@ import pytest
 from posttrain.data import load_domain
 from posttrain.data.sources import read_dataset, read_jsonl
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import DatasetSource, DomainConfig
+from posttrain.recipe.domains import DatasetSource, DomainConfig
 
 ROWS = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(30)]
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from posttrain.errors import RunFailed
-from posttrain.recipe.schema import GuardsConfig, OpdStage, OptimizerConfig, Recipe
+from posttrain.recipe.schema import Recipe
+from posttrain.recipe.stages import OpdStage, OptimizerConfig
+from posttrain.recipe.student import GuardsConfig
 from posttrain.stages.merge import merge, student_start
 from posttrain.stages.opd import teachers_by_domain
 from posttrain.trainers.jobs import OpdJob, Teacher

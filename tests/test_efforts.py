@@ -26,7 +26,9 @@ from posttrain.observe.intervals import accuracy_interval, binomial_interval
 from posttrain.observe.report import build_report, write_report
 from posttrain.observe.status import final_table
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.recipe.schema import GrpoStage, HoldoutEvaluation, ModeConfig, OpdStage, RolloutConfig
+from posttrain.recipe.domains import ModeConfig
+from posttrain.recipe.schema import HoldoutEvaluation, RolloutConfig
+from posttrain.recipe.stages import GrpoStage, OpdStage
 from posttrain.stages.evaluate import measure_problems
 from posttrain.stages.grpo import draw, prompts_of
 from posttrain.stages.scoring import DomainRewards, check_rewards

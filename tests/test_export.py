@@ -23,7 +23,8 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, checkpoint, make
 from posttrain.models.deepseek_v4.checkpoint import CheckpointError
 from posttrain.models.deepseek_v4.export import engine_obstacles, export_checkpoint
 from posttrain.models.deepseek_v4.presets import HEAVY, SPARSE
-from posttrain.recipe.schema import ModelConfig, OptimizerConfig, Recipe, RolloutConfig, SftStage
+from posttrain.recipe.schema import ModelConfig, Recipe, RolloutConfig
+from posttrain.recipe.stages import OptimizerConfig, SftStage
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import train_sft
 from rollouts.plugin.config import PosttrainDeepseekV4Config, engine_fields

@@ -20,7 +20,7 @@ from posttrain.models.deepseek_v4.presets import LORA_DEFAULT, LORA_TARGETS
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.recipe.document import dotted
 from posttrain.recipe.problems import problems_of
-from posttrain.recipe.schema import GrpoStage, LoraConfig, OpdStage, OptimizerConfig, SftStage
+from posttrain.recipe.stages import GrpoStage, LoraConfig, OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.actor import TrainerActor
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob, OpdJob, SftJob

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from posttrain.optim import Muon, build_optimizer
 from posttrain.optim.build import is_muon_matrix
 from posttrain.optim.muon import orthogonalize
-from posttrain.recipe.schema import OptimizerConfig
+from posttrain.recipe.stages import OptimizerConfig
 from tests.trainers_kit import tiny_model
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from posttrain.errors import BadInput
 from posttrain.recipe import Recipe, load_recipe, read_recipe, resolved_yaml
 from posttrain.recipe.document import Document, RecipeDumper, RecipeLoader, dotted, read_document, split_key
+from posttrain.recipe.domains import DatasetSource, JsonlSource, ReasoningGymSource
 from posttrain.recipe.problems import problems_of
-from posttrain.recipe.schema import DatasetSource, JsonlSource, ReasoningGymSource
 from tests.recipe_kit import ROOT, SMALL, recipe_with, write_recipe
 
 

@@ -10,8 +10,7 @@ import pytest
 from posttrain.errors import BadInput
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.recipe.graph import stage_tree
-from posttrain.recipe.schema import TeacherConfig
-from posttrain.recipe.student import GuardsConfig
+from posttrain.recipe.student import GuardsConfig, TeacherConfig
 from tests.recipe_kit import recipe_with, write_recipe
 
 

@@ -19,7 +19,7 @@ import rewards
 from posttrain.data import load_domain
 from posttrain.data.problems import Problem, make_problem
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import DomainConfig
+from posttrain.recipe.domains import DomainConfig
 
 # Functions of a user's, found by their import path.
 

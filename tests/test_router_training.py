@@ -15,7 +15,7 @@ from posttrain.models.deepseek_v4.routing import UNKNOWN, chosen_experts
 from posttrain.recipe import Recipe
 from posttrain.recipe.document import dotted
 from posttrain.recipe.problems import problems_of
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import SftTrainer, train_sft
 from tests.recipe_kit import recipe_with

@@ -15,7 +15,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from posttrain.data.packing import PackedBatch, best_fit
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import mixes_sequences, train_sft
 from tests.test_auxiliary_training import tiny_v4

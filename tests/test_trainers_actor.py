@@ -13,7 +13,7 @@ import torch
 from distill.pool import TeacherPool, start_teachers
 from posttrain.errors import BadInput
 from posttrain.observe.metrics import read_metrics
-from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage
+from posttrain.recipe.stages import GrpoStage, OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.actor import TrainerActor
 from posttrain.trainers.jobs import GrpoJob, OpdJob, SftJob, StageResult
 from posttrain.trainers.models import load_model, load_tokenizer, publishable_weights, save_checkpoint

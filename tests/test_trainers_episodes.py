@@ -12,7 +12,8 @@ from torch import Tensor
 
 from posttrain.data.encoding import encode_prompt
 from posttrain.data.layout import EOS
-from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, RolloutConfig
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.recipe.stages import GrpoStage, OpdStage, OptimizerConfig
 from posttrain.trainers.generation import RolloutGeneration
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob, OpdJob, Prompt

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from posttrain.errors import RunFailed
-from posttrain.recipe.schema import GrpoStage, OptimizerConfig, RolloutConfig
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.recipe.stages import GrpoStage, OptimizerConfig
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob
 from posttrain.trainers.mismatch import LogprobDifference

@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from posttrain.recipe.schema import GrpoStage, OptimizerConfig, Recipe, RolloutConfig
+from posttrain.recipe.schema import Recipe, RolloutConfig
+from posttrain.recipe.stages import GrpoStage, OptimizerConfig
 from posttrain.trainers.grpo import GrpoTrainer, informs
 from posttrain.trainers.trl_seam import Batch
 from rollouts.types import Completion, FinishedGroup, GroupRequest

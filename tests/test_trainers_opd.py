@@ -15,7 +15,8 @@ from distill.canary import Canary
 from distill.store import TeacherWork, joined
 from distill.teacher import TeacherWorker
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import OpdStage, OptimizerConfig, RolloutConfig, SftStage
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.recipe.stages import OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.jobs import OpdJob
 from posttrain.trainers.mixing import ordered_by_teacher
 from posttrain.trainers.opd import train_opd

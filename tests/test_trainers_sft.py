@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.errors import BadInput, RunFailed
-from posttrain.recipe.schema import OptimizerConfig, SftStage
+from posttrain.recipe.stages import OptimizerConfig, SftStage
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import fitting, train_sft
 from tests.trainers_kit import EOS, Recorder, tiny_model, tiny_tokenizer, tokens

@@ -18,7 +18,7 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
 from posttrain.models.deepseek_v4.layers import Gate
 from posttrain.optim import build_optimizer
 from posttrain.optim.build import is_muon_matrix, stacked_matrices
-from posttrain.recipe.schema import GrpoStage, OpdStage, OptimizerConfig, SftStage
+from posttrain.recipe.stages import GrpoStage, OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.grpo import train_grpo
 from posttrain.trainers.jobs import GrpoJob, OpdJob
 from posttrain.trainers.masked import masked_logprob

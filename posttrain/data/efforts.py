@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from posttrain.data.problems import Problem
     from posttrain.data.v4 import Mode
-    from posttrain.recipe.schema import DomainConfig, Effort, ModeConfig
+    from posttrain.recipe.domains import DomainConfig, Effort, ModeConfig
 
 
 def in_effort(problem: Problem, effort: Effort, config: ModeConfig) -> Problem:

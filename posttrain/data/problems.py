@@ -24,7 +24,8 @@ from posttrain.errors import BadInput
 
 if TYPE_CHECKING:
     from posttrain.data.v4 import Mode
-    from posttrain.recipe.schema import DomainConfig, Effort, Recipe
+    from posttrain.recipe.domains import DomainConfig, Effort
+    from posttrain.recipe.schema import Recipe
 
 Split = Literal["train", "selection", "holdout"]
 
@@ -110,7 +111,7 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
     """
     from posttrain.data import sources
     from posttrain.data.calculations import generate_calculations
-    from posttrain.recipe.schema import CalculationsSource, JsonlSource, ReasoningGymSource
+    from posttrain.recipe.domains import CalculationsSource, JsonlSource, ReasoningGymSource
 
     source = config.source
     if isinstance(source, ReasoningGymSource):

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data.efforts import in_every_effort, with_reasoning
 from posttrain.data.encoding import encode_example, encode_prompt, has_v4_layout
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from posttrain.data.problems import DomainData, Problem
-    from posttrain.recipe.schema import Effort, Recipe
+    from posttrain.recipe.domains import Effort
+    from posttrain.recipe.schema import Recipe
 
 IGNORED = -100
 """Label of a token without loss."""

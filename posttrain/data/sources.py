@@ -19,7 +19,7 @@ from posttrain.errors import BadInput
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
-    from posttrain.recipe.schema import DatasetSource, DomainConfig, ReasoningGymSource
+    from posttrain.recipe.domains import DatasetSource, DomainConfig, ReasoningGymSource
 
 logger = logging.getLogger(__name__)
 

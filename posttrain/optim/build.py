@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from posttrain.optim.muon import Muon
-from posttrain.recipe.schema import OptimizerConfig
+from posttrain.recipe.stages import OptimizerConfig
 
 MUON_MOMENTUM = 0.95
 MUON_ADAMW_EPS = 1e-20

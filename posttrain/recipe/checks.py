@@ -15,8 +15,9 @@ from posttrain.errors import BadInput
 from posttrain.imports import import_function
 from posttrain.recipe.conversations import EnvironmentConfig
 from posttrain.recipe.document import Document, KeyPath, split_key
+from posttrain.recipe.domains import DatasetSource, DomainConfig, JsonlSource, ReasoningGymSource
 from posttrain.recipe.problems import Problem, choices, did_you_mean
-from posttrain.recipe.schema import DatasetSource, DomainConfig, JsonlSource, ReasoningGymSource, Recipe
+from posttrain.recipe.schema import Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

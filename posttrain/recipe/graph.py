@@ -5,17 +5,10 @@ from __future__ import annotations
 from rich.text import Text
 from rich.tree import Tree
 
-from posttrain.recipe.schema import (
-    CalculationsSource,
-    DomainConfig,
-    GateConfig,
-    GrpoStage,
-    JsonlSource,
-    ReasoningGymSource,
-    Recipe,
-    SftStage,
-    TeacherConfig,
-)
+from posttrain.recipe.domains import CalculationsSource, DomainConfig, JsonlSource, ReasoningGymSource
+from posttrain.recipe.schema import Recipe
+from posttrain.recipe.stages import GateConfig, GrpoStage, SftStage
+from posttrain.recipe.student import TeacherConfig
 
 
 def stage_tree(recipe: Recipe) -> Tree:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import BadInput
 from posttrain.recipe.document import Document, KeyPath, dotted, split_key
-from posttrain.recipe.schema import NAME_PATTERN, SOURCE_KINDS, Recipe
+from posttrain.recipe.domains import SOURCE_KINDS
+from posttrain.recipe.schema import NAME_PATTERN, Recipe
 
 SHOWN_PROBLEMS = 6
 SHOWN_NAMES = 24

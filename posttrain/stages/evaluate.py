@@ -14,7 +14,9 @@ from posttrain.data.efforts import in_every_effort
 from posttrain.data.encoding import encode_prompt, render_prompt
 from posttrain.observe.intervals import accuracy_interval
 from posttrain.recipe import Recipe
-from posttrain.recipe.schema import Effort, GateConfig, HoldoutEvaluation
+from posttrain.recipe.domains import Effort
+from posttrain.recipe.schema import HoldoutEvaluation
+from posttrain.recipe.stages import GateConfig
 from posttrain.stages.episodes import episodes_of
 from posttrain.stages.scoring import DomainRewards
 from rollouts.environments import EpisodeClient

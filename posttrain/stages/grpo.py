@@ -8,7 +8,7 @@ from random import Random
 from posttrain.data import Problem
 from posttrain.data.efforts import in_shares
 from posttrain.data.encoding import encode_prompt
-from posttrain.recipe.schema import GrpoStage
+from posttrain.recipe.stages import GrpoStage
 from posttrain.stages.episodes import episodes_of, policy_messages
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work

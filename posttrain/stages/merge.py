@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from posttrain.recipe.schema import OpdStage
+from posttrain.recipe.stages import OpdStage
 from posttrain.stages.work import Work
 from posttrain.trainers.models import load_model, load_tokenizer, save_checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.recipe.schema import OpdStage
+from posttrain.recipe.stages import OpdStage
 from posttrain.stages.episodes import episodes_of
 from posttrain.stages.grpo import draw, first_version, prompts_of
 from posttrain.stages.scoring import DomainRewards

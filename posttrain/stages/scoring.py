@@ -13,7 +13,7 @@ from posttrain.data.encoding import decode_completion
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
-from posttrain.recipe.schema import Effort
+from posttrain.recipe.domains import Effort
 from rewards import Answer, RewardResult, Scorer, build, check
 from rollouts.types import FAILED
 

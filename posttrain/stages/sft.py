@@ -14,7 +14,7 @@ from posttrain.data.encoding import encode_conversation
 from posttrain.data.problems import split_key
 from posttrain.data.rows import labelled, sft_rows
 from posttrain.recipe import Recipe
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 from posttrain.stages.episodes import taught_row, tools_of
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import SftJob

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.errors import BadInput
-from posttrain.recipe.schema import AuxiliaryConfig, SftAuxiliaryConfig
+from posttrain.recipe.stages import AuxiliaryConfig, SftAuxiliaryConfig
 from posttrain.trainers.progress import Progress
 
 

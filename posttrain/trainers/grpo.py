@@ -29,7 +29,7 @@ from transformers import (
 
 from posttrain.errors import RunFailed
 from posttrain.optim import build_optimizer
-from posttrain.recipe.schema import GrpoStage
+from posttrain.recipe.stages import GrpoStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Ask, Client, Group, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.jobs import GrpoJob, Reward

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from posttrain.recipe.schema import GrpoStage, OpdStage, RolloutConfig, SftStage
+from posttrain.recipe.schema import RolloutConfig
+from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
 
 if TYPE_CHECKING:
     from rollouts.environments import Episodes

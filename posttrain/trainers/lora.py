@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from posttrain.errors import BadInput
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.presets import LORA_DEFAULT, LORA_TARGETS
-from posttrain.recipe.schema import LoraConfig
+from posttrain.recipe.stages import LoraConfig
 
 ADAPTER = "default"
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import RunFailed
-from posttrain.recipe.schema import ImportanceConfig
+from posttrain.recipe.stages import ImportanceConfig
 from rollouts.types import Completion
 
 LARGEST_MEAN_DIFFERENCE = 0.5

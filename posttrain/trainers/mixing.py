@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from posttrain.errors import RunFailed
-from posttrain.recipe.schema import GuardsConfig, OpdStage
+from posttrain.recipe.stages import OpdStage
+from posttrain.recipe.student import GuardsConfig
 from posttrain.trainers.generation import derive_seed
 from posttrain.trainers.jobs import Prompt
 from posttrain.trainers.progress import Progress

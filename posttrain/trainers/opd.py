@@ -30,7 +30,7 @@ from distill.objective import Objective
 from distill.store import TeacherWork
 from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
-from posttrain.recipe.schema import OpdStage
+from posttrain.recipe.stages import OpdStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.grpo import placeholders

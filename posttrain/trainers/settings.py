@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from posttrain.recipe.schema import OptimizerConfig
+from posttrain.recipe.stages import OptimizerConfig
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Item = TypeVar("Item")

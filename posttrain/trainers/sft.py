@@ -14,7 +14,7 @@ from posttrain.data.rows import IGNORED
 from posttrain.errors import BadInput
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.optim import build_optimizer
-from posttrain.recipe.schema import SftStage
+from posttrain.recipe.stages import SftStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import RoutedAhead, frozen_router

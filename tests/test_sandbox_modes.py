@@ -80,7 +80,7 @@ def everybodys() -> Iterator[tuple[str, Path]]:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "rewards", directory / "rewards", ignore=ignore)
     (directory / "posttrain").mkdir()
-    for name in ("__init__.py", "errors.py"):
+    for name in ("__init__.py", "errors.py", "imports.py"):
         shutil.copy(ROOT / "posttrain" / name, directory / "posttrain")
     for interpreter in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         check = "import sys; sys.exit(sys.version_info < (3, 11))"

@@ -25,7 +25,8 @@ from posttrain.files import atomic_write
 from posttrain.observe.environment import describe_environment
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.recipe.schema import HoldoutEvaluation, RolloutConfig
+from posttrain.recipe.evaluation import HoldoutEvaluation
+from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage
 from posttrain.rundir import RunDirectory
 from posttrain.session import describe_engine

@@ -13,7 +13,7 @@ from posttrain.data import load_domains
 from posttrain.data.efforts import in_every_effort
 from posttrain.data.encoding import encode_prompt
 from posttrain.recipe import Recipe
-from posttrain.recipe.schema import HoldoutEvaluation
+from posttrain.recipe.evaluation import HoldoutEvaluation
 from posttrain.session import describe_engine
 from posttrain.stages.checkpoint import check_checkpoint
 from posttrain.stages.episodes import policy_messages
@@ -40,7 +40,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path, n: int | None = None) 
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = check_checkpoint(checkpoint, recipe.model.family)
-    config = recipe.evaluation[-1].holdout if recipe.evaluation else HoldoutEvaluation()
+    config = recipe.holdouts[-1] if recipe.holdouts else HoldoutEvaluation()
     domains = load_domains(recipe)
     check_rewards(recipe, domains)
     distinct = {name: data.holdout[: n or config.n] for name, data in domains.items()}

@@ -109,6 +109,7 @@ def _recorded_end(run: RunDirectory) -> Iterator[None]:
 def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], PreTrainedTokenizerBase, Path]:
     """Data, tokenizer and initial weights: everything that can be wrong with the user's input."""
     from posttrain.stages.episodes import check_episodes
+    from posttrain.stages.hooks import check_hooks
     from posttrain.stages.initial import initial_checkpoint, tokenizer_for
     from posttrain.stages.scoring import check_rewards
     from posttrain.stages.sft import check_conversations
@@ -116,6 +117,7 @@ def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], 
     check_dashboard(recipe)
     domains = load_domains(recipe)
     check_rewards(recipe, domains)
+    check_hooks(recipe)
     tokenizer = tokenizer_for(recipe, run)
     check_problems(recipe, tokenizer, domains)
     check_episodes(recipe, tokenizer, domains)

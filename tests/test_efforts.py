@@ -27,7 +27,8 @@ from posttrain.observe.report import build_report, write_report
 from posttrain.observe.status import final_table
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.recipe.domains import ModeConfig
-from posttrain.recipe.schema import HoldoutEvaluation, RolloutConfig
+from posttrain.recipe.evaluation import HoldoutEvaluation
+from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage, OpdStage
 from posttrain.stages.evaluate import measure_problems
 from posttrain.stages.grpo import draw, prompts_of

@@ -23,6 +23,10 @@ from tests.recipe_kit import ROOT
 FAST = ROOT / "recipes" / "tiny_v4_fast.yaml"
 QWEN = ROOT / "recipes" / "tiny_hf_qwen3.yaml"
 MODELS = ["base", *(f"expert/{d}/{kind}" for d in ("arithmetic", "letters") for kind in ("sft", "grpo")), "student"]
+HOOKS = (
+    "[{holdout: {n: 64}}, {function: 'tests.hook_functions:broken', after: [base]},"
+    " {function: 'tests.hook_functions:lengths', after: [base, student]}]"
+)
 LOGPROB_BOUND = 1e-5
 STOP_SECONDS = 15
 """From a signal to the end of the last process, on a machine that does little else."""
@@ -49,7 +53,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """The fast recipe, once from beginning to end."""
     directory = tmp_path_factory.mktemp("fast")
     began = time.monotonic()
-    command = posttrain("run", str(FAST), "--name", "fast", directory=directory)
+    command = posttrain("run", str(FAST), "--name", "fast", "--set", f"evaluation={HOOKS}", directory=directory)
     yield Run(directory / "runs" / "fast", command, time.monotonic() - began)
 
 
@@ -69,6 +73,15 @@ def test_its_experts_are_grown_side_by_side(fast: Run) -> None:
     one, other = (events.index(("stage_started", f"expert/{domain}/sft")) for domain in ("arithmetic", "letters"))
     ended = min(events.index(("stage_finished", f"expert/{domain}/sft")) for domain in ("arithmetic", "letters"))
     assert max(one, other) < ended
+
+
+def test_its_hooks_are_run_after_the_models_that_they_name_and_may_fail(fast: Run) -> None:
+    found = {(one["model"], one["hook"]): one["metrics"] for one in fast.report["hooks"]}
+    assert set(found) == {(model, "tests.hook_functions:lengths") for model in ("base", "student")}
+    assert all(one["answers"] == 8 and 0 <= one["characters"] <= 6 for one in found.values())
+    (warning,) = [text for text in fast.report["warnings"] if "hook_functions" in text]
+    assert "LookupError: no such thing for base" in warning
+    assert "tests.hook_functions:lengths" in (fast.path / "report.html").read_text()
 
 
 def test_its_report_has_everything(fast: Run) -> None:

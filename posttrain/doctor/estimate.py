@@ -24,7 +24,7 @@ def measuring_seconds(records: list[dict[str, Any]], model: str, recipe: Recipe)
     for record in records:
         if record.get("event") == "evaluated" and record["model"] == model:
             domain = recipe.domains[record["domain"]]
-            wanted = domain.selection if record["split"] == "selection" else recipe.evaluation[-1].holdout.n
+            wanted = domain.selection if record["split"] == "selection" else recipe.holdouts[-1].n
             total += record["seconds"] * max(1.0, wanted / record["n"])
     return total
 

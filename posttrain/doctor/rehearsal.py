@@ -48,7 +48,10 @@ def shortened(recipe: Recipe) -> Recipe:
     for domain in document["domains"].values():
         domain["selection"] = min(domain["selection"], MEASURED)
     for hook in document["evaluation"]:
-        hook["holdout"]["n"] = min(hook["holdout"]["n"], MEASURED)
+        if hook["holdout"] is not None:
+            hook["holdout"]["n"] = min(hook["holdout"]["n"], MEASURED)
+        if hook["lm_eval"] is not None:
+            hook["lm_eval"]["limit"] = min(hook["lm_eval"]["limit"] or MEASURED, MEASURED)
     document["cluster"]["dashboard"] = False
     return Recipe.model_validate(document)
 

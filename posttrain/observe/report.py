@@ -68,6 +68,7 @@ def _report(run_dir: Path, recipe: dict[str, Any], view: RunView) -> Report:
         "attempts": len(view.attempts),
         "models": models,
         "summary": _summary(models, list(recipe.get("domains") or {})),
+        "hooks": [_without_time(event) for event in view.events.get("hook", [])],
         "gates": [_without_time(event) for event in view.events.get("gate", [])],
         "rollout": _rollout(view),
         "resources": _resources(view.events.get("resources", [])),

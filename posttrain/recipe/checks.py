@@ -60,6 +60,10 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
         if stage.conversations is not None:
             key = (*split_key(stage_key), "conversations", "jsonl")
             _add(checked, key, _file(stage.conversations.jsonl, _base(document, key)))
+    for index, hook in enumerate(recipe.evaluation):
+        if hook.lm_eval is not None and hook.lm_eval.include is not None:
+            include: KeyPath = ("evaluation", index, "lm_eval", "include")
+            _add(checked, include, _directory(hook.lm_eval.include, _base(document, include)))
     checked.problems += _lora_targets(recipe)
     return checked
 
@@ -93,6 +97,11 @@ def _file(value: str, base: Path) -> str | Path:
     if not path.is_file():
         return f"there is no file {path}"
     return path if path.stat().st_size else f"the file {path} is empty"
+
+
+def _directory(value: str, base: Path) -> str | Path:
+    path = _resolve(value, base)
+    return path if path.is_dir() else f"there is no directory {path}"
 
 
 def _dataset(value: str, base: Path) -> str | Path | None:

@@ -116,7 +116,7 @@ def _check_lora(recipe: Recipe) -> None:
 def _check_sizes(recipe: Recipe, name: str, domain: DomainConfig) -> None:
     """Enough is held out, and a prompt fits before the longest answer."""
     for index, hook in enumerate(recipe.evaluation):
-        if hook.holdout.n > domain.holdout:
+        if hook.holdout is not None and hook.holdout.n > domain.holdout:
             raise wrong(
                 f"evaluation[{index}].holdout.n",
                 f"asks for {hook.holdout.n} held-out problems; domains.{name}.holdout is {domain.holdout}",

@@ -6,6 +6,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from posttrain.recipe.domains import CalculationsSource, DomainConfig, JsonlSource, ReasoningGymSource
+from posttrain.recipe.evaluation import EvaluationHook
 from posttrain.recipe.schema import Recipe
 from posttrain.recipe.stages import GateConfig, GrpoStage, SftStage
 from posttrain.recipe.student import TeacherConfig
@@ -28,9 +29,16 @@ def stage_tree(recipe: Recipe) -> Tree:
             for teacher in student.teachers_of(name):
                 node.add(Text(f"teacher: {_teacher(recipe, teacher, name)}{_weights(recipe, name)}"))
     for hook in recipe.evaluation:
-        answers = f"{hook.holdout.samples} answer{'s' if hook.holdout.samples > 1 else ''} each"
-        tree.add(Text(f"evaluation of every model: {hook.holdout.n:,} held-out problems of each domain, {answers}"))
+        models = "every model" if len(hook.after) == 3 else ", ".join(hook.after)
+        tree.add(Text(f"evaluation of {models}: {_evaluation(hook)}"))
     return tree
+
+
+def _evaluation(hook: EvaluationHook) -> str:
+    if hook.holdout is not None:
+        answers = f"{hook.holdout.samples} answer{'s' if hook.holdout.samples > 1 else ''} each"
+        return f"{hook.holdout.n:,} held-out problems of each domain, {answers}"
+    return f"lm-eval's {', '.join(hook.lm_eval.tasks)}" if hook.lm_eval is not None else str(hook.function)
 
 
 def _gate(gate: GateConfig, domain: DomainConfig) -> Text:

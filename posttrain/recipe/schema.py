@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.recipe.consistency import check_parts
 from posttrain.recipe.domains import DomainConfig
+from posttrain.recipe.evaluation import EvaluationHook, HoldoutEvaluation
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage, StagesConfig
@@ -114,18 +115,6 @@ class RolloutConfig(Section):
         return self
 
 
-class HoldoutEvaluation(Section):
-    n: int = Field(256, ge=1)
-    """Held-out problems of each domain."""
-    samples: int = Field(1, ge=1)
-    """Answers sampled for each problem; pass@1 is their mean."""
-    temperature: float = Field(1.0, ge=0)
-
-
-class EvaluationHook(Section):
-    holdout: HoldoutEvaluation
-
-
 class Recipe(Section):
     """A whole run. Read from YAML with `posttrain.recipe.load_recipe`."""
 
@@ -142,6 +131,11 @@ class Recipe(Section):
     def _parts_fit(self) -> Recipe:
         check_parts(self)
         return self
+
+    @property
+    def holdouts(self) -> list[HoldoutEvaluation]:
+        """The evaluations on held-out problems."""
+        return [hook.holdout for hook in self.evaluation if hook.holdout is not None]
 
     def sft_stages(self) -> dict[str, SftStage]:
         """All SFT stages, under their keys."""

@@ -15,9 +15,10 @@ from posttrain.data.encoding import encode_prompt, render_prompt
 from posttrain.observe.intervals import accuracy_interval
 from posttrain.recipe import Recipe
 from posttrain.recipe.domains import Effort
-from posttrain.recipe.schema import HoldoutEvaluation
+from posttrain.recipe.evaluation import HoldoutEvaluation
 from posttrain.recipe.stages import GateConfig
 from posttrain.stages.episodes import episodes_of
+from posttrain.stages.hooks import run_hooks
 from posttrain.stages.scoring import DomainRewards
 from rollouts.environments import EpisodeClient
 from rollouts.types import Completion, Sampling, episode_means
@@ -67,11 +68,13 @@ class Measurement:
 
 
 def evaluate(work: Work, model: str, checkpoint: Path, slot: int | None = None) -> dict[str, float]:
-    """Run the recipe's held-out evaluations of a model on every domain; returns pass@1 by domain."""
+    """Run the recipe's evaluations of a model; returns pass@1 by domain."""
     accuracy: dict[str, float] = {}
     for hook in work.recipe.evaluation:
-        for domain in work.domains:
-            accuracy[domain] = measure(work, model, checkpoint, domain, "holdout", hook.holdout, slot)
+        if hook.holdout is not None and hook.wants(model):
+            for domain in work.domains:
+                accuracy[domain] = measure(work, model, checkpoint, domain, "holdout", hook.holdout, slot)
+    run_hooks(work, model, checkpoint, slot)
     return accuracy
 
 

@@ -41,6 +41,8 @@ class Work:
     cluster: Cluster
     measured: dict[tuple[str, str, str, str], float] = field(default_factory=dict)
     """pass@1 by checkpoint, domain, split and sampling: what a resumed run need not measure again."""
+    hooked: set[tuple[str, str]] = field(default_factory=set)
+    """The evaluation hooks that were run, by checkpoint and name."""
     gates: dict[str, bool] = field(default_factory=dict)
     """The experts' gates that were decided, by stage."""
     ending: Event = field(default_factory=Event)
@@ -53,6 +55,8 @@ class Work:
             if record.get("event") == "evaluated":
                 key = (record["checkpoint"], record["domain"], record["split"], record["sampling"])
                 self.measured[key] = record["pass@1"]
+            if record.get("event") == "hook":
+                self.hooked.add((record["checkpoint"], record["hook"]))
             if record.get("event") == "gate":
                 self.gates[record["stage"]] = record["passed"]
 

@@ -38,8 +38,21 @@ def accuracy_section(report: dict[str, Any], domains: list[str]) -> Markup:
         _matrix(models, evaluated, report["summary"]["mean_pass@1"]),
         *[_by_effort(models, domain) for domain in evaluated],
         _gains(report["summary"]["domains"]),
+        _hooks(report.get("hooks", [])),
         _gates(report["gates"]),
     )
+
+
+def _hooks(events: list[dict[str, Any]]) -> Markup | None:
+    """What the recipe's other evaluations gave, a row for each model and number."""
+    rows = [
+        [element("th", breakable(event["model"]), scope="row")]
+        + [element("td", text) for text in (breakable(event["hook"]), breakable(name), number(value))]
+        for event in events
+        for name, value in event["metrics"].items()
+    ]
+    note = "functions of the recipe, and tasks of lm-eval"
+    return data_table("Other evaluations", note, ["model", "evaluation", "metric", "value"], rows) if rows else None
 
 
 def _row_colour(model: str, domain: str, domains: Sequence[str]) -> str:

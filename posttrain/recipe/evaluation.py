@@ -1,0 +1,59 @@
+"""The part of a recipe that says how models are evaluated."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.recipe.section import Section, wrong
+
+Models = Literal["base", "experts", "student"]
+
+
+class HoldoutEvaluation(Section):
+    n: int = Field(256, ge=1)
+    """Held-out problems of each domain."""
+    samples: int = Field(1, ge=1)
+    """Answers sampled for each problem; pass@1 is their mean."""
+    temperature: float = Field(1.0, ge=0)
+
+
+class LmEvalEvaluation(Section):
+    """Tasks of lm-evaluation-harness, answered by the rollout workers."""
+
+    tasks: list[str] = Field(min_length=1)
+    include: str | None = None
+    """A directory with task files (YAML) of your own."""
+    limit: int | None = Field(None, ge=1)
+    """Documents of each task; default: all."""
+    fewshot: int | None = Field(None, ge=0)
+    """Examples before each document; default: the task's."""
+
+
+class EvaluationHook(Section):
+    """One evaluation. Exactly one of `holdout`, `lm_eval` and `function` says which."""
+
+    holdout: HoldoutEvaluation | None = None
+    lm_eval: LmEvalEvaluation | None = None
+    function: str | None = None
+    """`package.module:function`, called with a `posttrain.stages.hooks.EvaluatedModel`; returns numbers by name."""
+    after: list[Models] = Field(["base", "experts", "student"], min_length=1)
+    """The models that are evaluated."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EvaluationHook:
+        kinds = [name for name in ("holdout", "lm_eval", "function") if getattr(self, name) is not None]
+        if len(kinds) != 1:
+            raise wrong("", f"give exactly one of `holdout`, `lm_eval` and `function`, not {len(kinds)} of them")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How its results are called."""
+        return self.function or ("lm_eval" if self.lm_eval is not None else "holdout")
+
+    def wants(self, model: str) -> bool:
+        """Whether the model of that stage is evaluated."""
+        kind: Models = "base" if model == "base" else "student" if model == "student" else "experts"
+        return kind in self.after

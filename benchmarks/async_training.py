@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.cluster import start_cluster
-from posttrain.data import load_domains
+from benchmarks.warm_base import warm_base
 from posttrain.files import atomic_write
 from posttrain.observe.environment import describe_environment
 from posttrain.observe.metrics import read_metrics
@@ -28,13 +26,9 @@ from posttrain.recipe import Recipe, load_recipe
 from posttrain.recipe.evaluation import HoldoutEvaluation
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage
-from posttrain.rundir import RunDirectory
-from posttrain.session import describe_engine
 from posttrain.stages.evaluate import measure_problems
 from posttrain.stages.grpo import draw, prompts_of
-from posttrain.stages.initial import initial_checkpoint, tokenizer_for
 from posttrain.stages.scoring import DomainRewards
-from posttrain.stages.sft import run_sft
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import GrpoJob
 from rollouts.pool import RolloutClient
@@ -124,21 +118,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             *arguments.set,
         ],
     )
-    with tempfile.TemporaryDirectory(prefix="async-training-") as directory:
-        run = RunDirectory.create(directory, None, recipe)
-        domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
-        initial = initial_checkpoint(recipe, run, tokenizer)
-        describe_engine(recipe, initial, run.path / "engine")
-        with start_cluster(recipe, run.path / "engine", run.path) as cluster:
-            work = Work(recipe, run, domains, tokenizer, cluster)
-            assert recipe.stages.base is not None
-            base = run_sft(work, "base", recipe.stages.base, [DOMAIN], initial)
-            begin = accuracy(work, base, 1)
-            runs = [
-                {"mode": mode, "seed": seed, **measure(work, arguments, base, mode, seed)}
-                for seed in range(arguments.seeds)
-                for mode in arguments.modes
-            ]
+    with warm_base(recipe, DOMAIN) as (work, base):
+        begin = accuracy(work, base, 1)
+        runs = [
+            {"mode": mode, "seed": seed, **measure(work, arguments, base, mode, seed)}
+            for seed in range(arguments.seeds)
+            for mode in arguments.modes
+        ]
     return {
         "schema": 1,
         "environment": describe_environment(),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,19 +17,14 @@ from typing import Any
 
 from benchmarks.async_training import accuracy
 from benchmarks.sft_options import smooth, spread
-from posttrain.cluster import start_cluster
-from posttrain.data import load_domains
+from benchmarks.warm_base import warm_base
 from posttrain.files import atomic_write
 from posttrain.observe.environment import describe_environment
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import load_recipe
 from posttrain.recipe.stages import GrpoStage
-from posttrain.rundir import RunDirectory
-from posttrain.session import describe_engine
 from posttrain.stages.grpo import draw, prompts_of
-from posttrain.stages.initial import initial_checkpoint, tokenizer_for
 from posttrain.stages.scoring import DomainRewards
-from posttrain.stages.sft import run_sft
 from posttrain.stages.work import Work
 from posttrain.trainers.jobs import GrpoJob
 
@@ -76,24 +70,16 @@ def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     changes = ["cluster.rollout_workers=1", "cluster.trainers=1", "cluster.dashboard=false"]
     recipe = load_recipe(arguments.recipe, [*changes, f"stages.base.steps={arguments.warmup}"])
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="grpo-options-") as directory:
-        run = RunDirectory.create(directory, None, recipe)
-        domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
-        initial = initial_checkpoint(recipe, run, tokenizer)
-        describe_engine(recipe, initial, run.path / "engine")
-        with start_cluster(recipe, run.path / "engine", run.path) as cluster:
-            work = Work(recipe, run, domains, tokenizer, cluster)
-            assert recipe.stages.base is not None
-            base = run_sft(work, "base", recipe.stages.base, [arguments.domain], initial)
-            results["accuracy_before"] = accuracy(work, base, 1, arguments.domain)
-            for seed in range(arguments.seeds):
-                for variant in arguments.variants:
-                    done = any((one["variant"], one["seed"]) == (variant, seed) for one in results["runs"])
-                    if done or time.monotonic() - began > 60 * arguments.minutes:
-                        continue
-                    found = measure(work, arguments, base, variant, seed)
-                    results["runs"].append({"variant": variant, "seed": seed, **found})
-                    atomic_write(file, json.dumps(results) + "\n")
+    with warm_base(recipe, arguments.domain) as (work, base):
+        results["accuracy_before"] = accuracy(work, base, 1, arguments.domain)
+        for seed in range(arguments.seeds):
+            for variant in arguments.variants:
+                done = any((one["variant"], one["seed"]) == (variant, seed) for one in results["runs"])
+                if done or time.monotonic() - began > 60 * arguments.minutes:
+                    continue
+                found = measure(work, arguments, base, variant, seed)
+                results["runs"].append({"variant": variant, "seed": seed, **found})
+                atomic_write(file, json.dumps(results) + "\n")
     return results
 
 

@@ -174,15 +174,20 @@ def _check_gpus(recipe: Recipe, trainers: bool) -> None:
     """Ray would wait for ever for what its machines do not have."""
     import ray
 
-    settings = recipe.cluster
     there = ray.cluster_resources().get("GPU", 0)
-    actors = settings.rollout_workers + (settings.trainers + settings.teacher_workers if trainers else 0)
-    needed = settings.gpus_per_worker * actors
+    needed = gpus_needed(recipe, trainers)
     if needed > there:
         raise BadInput(
             f"cluster.gpus_per_worker: the workers need {needed:g} GPUs in all (gpus_per_worker times trainers, "
             f"rollout_workers and teacher_workers); Ray finds {there:g}"
         )
+
+
+def gpus_needed(recipe: Recipe, trainers: bool = True) -> float:
+    """GPUs that the actors claim in all; without trainers, as in `posttrain eval`, there are no teachers either."""
+    settings = recipe.cluster
+    actors = settings.rollout_workers + (settings.trainers + settings.teacher_workers if trainers else 0)
+    return settings.gpus_per_worker * actors
 
 
 def _end(processes: set[psutil.Process]) -> None:

@@ -108,23 +108,29 @@ def _recorded_end(run: RunDirectory) -> Iterator[None]:
 
 def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], PreTrainedTokenizerBase, Path]:
     """Data, tokenizer and initial weights: everything that can be wrong with the user's input."""
-    from posttrain.stages.episodes import check_episodes
     from posttrain.stages.hooks import check_hooks
     from posttrain.stages.initial import initial_checkpoint, tokenizer_for
     from posttrain.stages.scoring import check_rewards
-    from posttrain.stages.sft import check_conversations
 
     check_dashboard(recipe)
     domains = load_domains(recipe)
     check_rewards(recipe, domains)
     check_hooks(recipe)
     tokenizer = tokenizer_for(recipe, run)
-    check_problems(recipe, tokenizer, domains)
-    check_episodes(recipe, tokenizer, domains)
-    check_conversations(recipe, tokenizer, domains)
+    check_data(recipe, tokenizer, domains)
     initial = initial_checkpoint(recipe, run, tokenizer)
     describe_engine(recipe, initial, run.path / "engine")
     return domains, tokenizer, initial
+
+
+def check_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: dict[str, DomainData]) -> None:
+    """Raise BadInput for problems, episodes or conversations that cannot be written, or do not fit the lengths."""
+    from posttrain.stages.episodes import check_episodes
+    from posttrain.stages.sft import check_conversations
+
+    check_problems(recipe, tokenizer, domains)
+    check_episodes(recipe, tokenizer, domains)
+    check_conversations(recipe, tokenizer, domains)
 
 
 def describe_engine(recipe: Recipe, checkpoint: Path, directory: Path) -> None:

@@ -16,6 +16,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
+from rollouts.asking import answers_to
 from rollouts.fleet import own_error
 from rollouts.scheduler import Lane
 from rollouts.service import EarlyStop, ServiceStats
@@ -192,16 +193,7 @@ class RolloutClient:
         check_prompts(prompts, sampling.max_tokens, self.info.max_model_len, self.info.vocab_size)
         name = f"{UNNAMED}{uuid.uuid4().hex}"
         groups = [GroupRequest(f"{name}/{row}", prompt, sampling, row) for row, prompt in enumerate(prompts)]
-        ids = [group.id for group in groups]
-        try:
-            self.submit(groups)
-            finished = self.collect(len(ids), ids)
-        finally:
-            self.acknowledge(ids)
-        for group in finished:
-            if group.failure is not None:
-                raise RunFailed(f"prompt {group.request.index} was given up: {group.failure}")
-        return [group.completions for group in finished]
+        return answers_to(self, groups, lambda request: f"prompt {request.index}")
 
     def publish(self, weights: Mapping[str, np.ndarray | torch.Tensor], version: int) -> float:
         """Give all workers a new version of the weights; when it returns, every engine serves and has verified it.

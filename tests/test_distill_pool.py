@@ -15,25 +15,18 @@ from distill.pool import TeacherPool, start_teachers
 from posttrain.errors import BadInput, RunFailed
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
+from tests.ray_kit import cluster_for_actors
 from tests.test_distill import KEPT, SEQUENCES
 from tests.test_trainers_opd import TEXTS, job
 from tests.trainers_kit import VOCABULARY, LocalClient, Recorder, save, tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 CANARY = Canary(SEQUENCES, VOCABULARY)
 
 
 @pytest.fixture(scope="module")
 def options() -> Iterator[dict[str, object]]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "disabled")
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    try:
-        yield {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
-    finally:
-        ray.shutdown()
-        patch.undo()
+    with cluster_for_actors(0.1) as options:
+        yield options
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from posttrain.recipe.stages import GrpoStage, OpdStage, OptimizerConfig, SftSta
 from posttrain.trainers.actor import TrainerActor
 from posttrain.trainers.jobs import GrpoJob, OpdJob, SftJob, StageResult
 from posttrain.trainers.models import load_model, load_tokenizer, publishable_weights, save_checkpoint
+from tests.ray_kit import cluster_for_actors
 from tests.trainers_kit import EOS, LocalClient, prompts, save, tiny_model, tokens
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {
     "name": "tiny",
     "seed": 3,
@@ -42,15 +42,8 @@ def ends(problem_ids, completion_ids, finish_reasons):  # type: ignore[no-untype
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, object]]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "disabled")
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    try:
-        yield {"num_cpus": 0.5, "runtime_env": {"env_vars": environment}}
-    finally:
-        ray.shutdown()
-        patch.undo()
+    with cluster_for_actors(0.5) as options:
+        yield options
 
 
 @pytest.fixture(scope="module")

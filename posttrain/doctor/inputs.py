@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.data import DomainData, Problem, load_domains
-from posttrain.data.rows import check_problems
 from posttrain.doctor.verdicts import Verdict, tried
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory
@@ -51,6 +50,7 @@ def look_at_inputs(inputs: Inputs) -> Iterator[Verdict]:
     if inputs.domains:
         yield from tried("rewards", lambda: _rewards(inputs))
         yield from tried("lengths", lambda: _lengths(inputs))
+    yield from tried("evaluations", lambda: _evaluations(inputs.recipe))
     yield from tried("weights", lambda: _weights(inputs))
     yield from tried("end of answers", lambda: _end_tokens(inputs))
 
@@ -100,9 +100,19 @@ def _wrong_answers(problems: list[Problem]) -> list[tuple[Problem, str]]:
 
 
 def _lengths(inputs: Inputs) -> Verdict:
-    check_problems(inputs.recipe, inputs.tokenizer, inputs.domains)
+    from posttrain.session import check_data
+
+    check_data(inputs.recipe, inputs.tokenizer, inputs.domains)
     found = f"every problem can be written, and fits rollout.max_model_len {inputs.recipe.rollout.max_model_len}"
     return Verdict("lengths", "ok", found)
+
+
+def _evaluations(recipe: Recipe) -> Verdict:
+    from posttrain.stages.hooks import check_hooks, named_hooks
+
+    check_hooks(recipe)
+    beside = "".join(f", {name}" for name in named_hooks(recipe))
+    return Verdict("evaluations", "ok", f"{len(recipe.holdouts)} on held-out problems{beside}")
 
 
 def _weights(inputs: Inputs) -> Verdict:

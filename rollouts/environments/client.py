@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.errors import RunFailed
+from rollouts.asking import answers_to
 from rollouts.environments.episode import Episode
 from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest, Sampling
 
@@ -142,16 +143,7 @@ class EpisodeClient:
             GroupRequest(f"{name}/{row}", prompt, sampling, row, problem_id=problem_id)
             for row, (problem_id, prompt) in enumerate(zip(problem_ids, prompts, strict=True))
         ]
-        ids = [group.id for group in groups]
-        try:
-            self.submit(groups)
-            finished = self.collect(len(ids), ids)
-        finally:
-            self.acknowledge(ids)
-        for group in finished:
-            if group.failure is not None:
-                raise RunFailed(f"an episode of {group.request.problem_id} was given up: {group.failure}")
-        return [group.completions for group in finished]
+        return answers_to(self, groups, lambda request: f"an episode of {request.problem_id}")
 
     def _begin(self, request: GroupRequest) -> list[Episode]:
         tokens, known = request.sampling.max_tokens, list(request.prompt_ids)

@@ -32,6 +32,7 @@ from rollouts.types import GroupRequest
 
 MODES = {"undisturbed": 1, "log": 2, "restart": 3}
 """Name → seed."""
+WATCH_SECONDS = 0.1
 LABELS = {"undisturbed": "undisturbed", "log": "kills, with the log", "restart": "kills, naive restart"}
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     """Print the tests; write length_bias.json and length_bias.png."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout_length_bias", description=__doc__)
     parser.add_argument("--samples", type=int, default=2400)
-    parser.add_argument("--kill-seconds", type=float, default=4.0, help="between two kills, on average")
+    parser.add_argument("--kill-tokens", type=int, default=6000, help="that an engine samples in its life, on average")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/length_bias"))
     arguments = parser.parse_args()
     shutil.rmtree(arguments.output, ignore_errors=True)
@@ -49,11 +50,11 @@ def main() -> None:
     kills: dict[str, int] = {}
     for mode in MODES:
         with rollout_pool(arguments.output, arguments.output / f"log-{mode}") as pool:
-            lengths[mode], kills[mode] = Run(pool, mode, arguments.samples, arguments.kill_seconds).result()
+            lengths[mode], kills[mode] = Run(pool, mode, arguments.samples, arguments.kill_tokens).result()
         print(f"{mode}: {kills[mode]} kills, mean length {sum(lengths[mode]) / len(lengths[mode]):.2f}", flush=True)
     results = {
         "samples": arguments.samples,
-        "kill_seconds": arguments.kill_seconds,
+        "kill_tokens": arguments.kill_tokens,
         "kills": kills,
         "mean_length": {mode: sum(values) / len(values) for mode, values in lengths.items()},
         "ks": {
@@ -69,11 +70,11 @@ def main() -> None:
 class Run:
     """Samples of one mode."""
 
-    def __init__(self, pool: RolloutPool, mode: str, samples: int, kill_seconds: float) -> None:
+    def __init__(self, pool: RolloutPool, mode: str, samples: int, kill_tokens: int) -> None:
         self._pool = pool
         self._client = pool.client()
         self._mode = mode
-        self._kill_seconds = kill_seconds
+        self._kill_tokens = kill_tokens
         self._groups = {group.id: group for group in make_groups(samples, 1, MODES[mode], mode)}
         self._draws = samples
         self._kills = 0
@@ -99,16 +100,18 @@ class Run:
         return lengths, self._kills
 
     def _kill(self) -> None:
-        while not self._over.wait(self._chance.expovariate(1 / self._kill_seconds)):
-            workers = ray.get(self._pool._service.__ray_call__.remote(_in_flight))
-            if not workers:  # they are being replaced
-                continue
-            pid, samples = self._chance.choice(workers)
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            self._kills += 1
-            if self._mode == "restart":
-                self._draw_anew([sample.rpartition("#")[0] for sample in samples])
+        """A life ends at a random number of tokens rather than of seconds: how loaded the machine is, is no matter."""
+        lives: dict[int, float] = {}
+        while not self._over.wait(WATCH_SECONDS):
+            for pid, tokens, samples in ray.get(self._pool._service.__ray_call__.remote(_in_flight)):
+                lives.setdefault(pid, self._chance.expovariate(1 / self._kill_tokens))
+                if tokens > lives[pid]:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    lives[pid] = math.inf  # until the service knows
+                    self._kills += 1
+                    if self._mode == "restart":
+                        self._draw_anew([sample.rpartition("#")[0] for sample in samples])
 
     def _draw_anew(self, ids: Sequence[str]) -> None:
         """What a service without a log does: forget what was sampled, and begin again."""
@@ -121,10 +124,10 @@ class Run:
         self._client.submit(anew)
 
 
-def _in_flight(service: Any) -> list[tuple[int, list[str]]]:
-    """Process and samples of each worker; runs in the service."""
-    slots = [slot for slot in service._fleet.slots.values() if slot.worker is not None and slot.version is not None]
-    return [(slot.worker.pid, service._scheduler.running(slot.index)) for slot in slots]
+def _in_flight(service: Any) -> list[tuple[int, int, list[str]]]:
+    """Process, tokens so far and samples of each worker; runs in the service."""
+    slots = [slot for slot in service._fleet.slots.values() if slot.worker is not None and slot.beat is not None]
+    return [(slot.worker.pid, slot.beat.tokens, service._scheduler.running(slot.index)) for slot in slots]
 
 
 def kolmogorov_smirnov(one: Sequence[int], other: Sequence[int]) -> tuple[float, float]:

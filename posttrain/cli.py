@@ -192,19 +192,48 @@ def export(
         typer.Option("--format", help="fp8_fp4: as released, FP8 linears and MXFP4 experts."),
     ] = "bf16",
 ) -> None:
-    """Write a checkpoint in the released layout, for engines such as vLLM's own V4."""
+    """Write a checkpoint in the released layout, with a model card, for transformers, vLLM and others.
+
+    A checkpoint in a run's directory brings the run's recipe and results into its card.
+    """
+    from posttrain.files import atomic_write
     from posttrain.models.deepseek_v4.checkpoint import CheckpointError
     from posttrain.models.deepseek_v4.export import export_checkpoint
+    from posttrain.observe.model_card import model_card
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists; name a directory that does not, or an empty one")
     try:
         notes = export_checkpoint(checkpoint, out, kind)
+        atomic_write(out / "README.md", model_card(checkpoint, kind, notes))
     except CheckpointError as error:
         raise BadInput(str(error)) from error
     for note in notes:
         print(f"note: {note}")
     print(out)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Where to listen; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    mode: Annotated[
+        Literal["chat", "high", "max"], typer.Option(help="V4's reasoning effort for requests that name none.")
+    ] = "chat",
+) -> None:
+    """Serve a checkpoint as an OpenAI-compatible endpoint, with V4's chat format, reasoning and tool calls.
+
+    Further options go to vLLM's server: --max-model-len 4096, --api-key KEY, ...
+    """
+    from rollouts.serving import serve as serve_checkpoint
+
+    print(
+        f"Serving {checkpoint.resolve().name} at http://{host}:{port}/v1 once it is loaded (Ctrl-C ends it)", flush=True
+    )
+    if code := serve_checkpoint(checkpoint, host, port, mode, context.args):
+        raise RunFailed(f"vLLM's server ended with exit code {code}, see above")
 
 
 def main() -> None:

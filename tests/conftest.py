@@ -40,6 +40,7 @@ PROCESSES = {
             "rollouts_randomness",
             "rollouts_service",
             "rundir",
+            "serve",
             "setup",
             "trainers_actor",
             "trl_seam",

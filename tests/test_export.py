@@ -261,6 +261,8 @@ def test_the_command_exports_and_says_what_vllm_would_refuse(saved, tmp_path: Pa
     assert done.exit_code == 0, done.output
     assert "head_dim is 32; vLLM's own V4 needs 512" in done.output
     DeepseekV4ForCausalLM.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "routed experts in MXFP4" in card and "head_dim is 32" in card and "## Results" not in card
     assert export(str(saved[1]), str(tmp_path / "out")).exit_code == 2, "never over something that is there"
     assert export(str(tmp_path), str(tmp_path / "other")).exit_code == 2, "no checkpoint"
     assert export(str(saved[1]), str(tmp_path / "other"), "--format", "int4").exit_code == 2

@@ -13,18 +13,22 @@ from typing import Any
 
 ARCHITECTURE = "PosttrainDeepseekV4ForCausalLM"
 MODEL_TYPE = "posttrain_deepseek_v4"
+LOAD_FORMAT = "posttrain"
 
 
 def register() -> None:
-    """Make vLLM know the config and the architecture. Called in every vLLM process; safe to repeat."""
+    """Make vLLM know config, architecture and loader. Called in every vLLM process; safe to repeat."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.model_executor.model_loader import register_model_loader
 
     from rollouts.plugin.config import PosttrainDeepseekV4Config
+    from rollouts.plugin.loader import CheckpointLoader
 
     AutoConfig.register(MODEL_TYPE, PosttrainDeepseekV4Config, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"rollouts.plugin.model:{ARCHITECTURE}")
+        register_model_loader(LOAD_FORMAT)(CheckpointLoader)
 
 
 def write_engine_config(v4_config: dict[str, Any], directory: str | Path) -> None:

@@ -61,6 +61,7 @@ class Cluster:
             options = {
                 "num_cpus": ACTOR_CPUS,
                 "num_gpus": cluster.gpus_per_worker,
+                "scheduling_strategy": "SPREAD",
                 "runtime_env": {"env_vars": _environment(self.recipe)},
             }
             count, family, budget = cluster.teacher_workers, self.recipe.model.family, cluster.teacher_memory_mib << 20
@@ -224,6 +225,7 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
         actor = ray.remote(TrainerActor).options(
             num_cpus=ACTOR_CPUS,
             num_gpus=settings.gpus_per_worker,
+            scheduling_strategy="SPREAD",
             runtime_env={"env_vars": _environment(recipe)},
         )
         recipe_json = recipe.model_dump_json()

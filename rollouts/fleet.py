@@ -149,6 +149,7 @@ class Fleet:
         self._actor = ray.remote(RolloutWorker).options(
             num_cpus=WORKER_CPUS,
             num_gpus=gpus_per_worker,
+            scheduling_strategy="SPREAD",
             max_restarts=0,
             max_concurrency=WORKER_CALLS,
             runtime_env={"env_vars": engine_environment(settings.threads, settings.kernels)},

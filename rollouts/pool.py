@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
@@ -58,7 +59,11 @@ class RolloutPool:
         self._service = (
             ray.remote(RolloutService)
             .options(
-                num_cpus=SERVICE_CPUS, max_restarts=-1, runtime_env={"env_vars": engine_environment(settings.threads)}
+                num_cpus=SERVICE_CPUS,
+                max_restarts=-1,
+                # Its log and lock are here.
+                scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+                runtime_env={"env_vars": engine_environment(settings.threads)},
             )
             .remote(replace(started, **options))
         )

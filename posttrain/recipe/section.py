@@ -14,4 +14,4 @@ def wrong(key: str, message: str) -> PydanticCustomError:
 class Section(BaseModel):
     """A part of a recipe: immutable, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

@@ -21,7 +21,7 @@ HEAD = """\
 # Recipes: every key
 
 Written by `python scripts/recipe_reference.py` from the models that check recipes (`posttrain/recipe`); a test compares.
-`posttrain validate RECIPE` shows a recipe with every default written out and the stages that it makes; a key that is not
+`posttrain validate RECIPE` shows a recipe with every default written out and the stages that it makes. A key that is not
 here is refused, with the line and what is allowed. Examples: [recipes](../recipes).
 """
 

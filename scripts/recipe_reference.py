@@ -21,8 +21,8 @@ HEAD = """\
 # Recipes: every key
 
 Written by `python scripts/recipe_reference.py` from the models that check recipes (`posttrain/recipe`); tests compare.
-`posttrain validate RECIPE` shows a recipe with every default written out and the stages that it makes. A key that is not
-here is refused, with the line and what is allowed. Examples: [recipes](../recipes).
+`posttrain validate RECIPE` shows a recipe with every default written out, and the stages that it makes. A key that is
+not here is refused, with the line and what is allowed. Examples: [recipes](../recipes).
 """
 
 

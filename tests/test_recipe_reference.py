@@ -35,7 +35,7 @@ class Outer(Section):
 
     kind: Literal["a", "b"] | None = None
     inner: Inner
-    rates: dict[str, float] = {}
+    rates: dict[str, float] = Field(default_factory=dict)
 
 
 def test_the_page_is_current(script: ModuleType) -> None:

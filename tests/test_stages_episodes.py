@@ -158,6 +158,13 @@ def test_rewards_see_the_last_turn_and_how_the_episode_ended(
     assert rewards.judge(problem.id, answered + asked, "turn_limit")[0] == ""
     assert not rewards.judge(problem.id, asked + answered[:-1], "length")[1].correct
     assert rewards.judge(word.id, TOKENIZER.encode(word.answer + EOS), "stop")[1].correct
+    mixed = [(word, word.answer + EOS), (problem, "7" + EOS), (word, "?" + EOS), (problem, problem.answer + EOS)]
+    judged = rewards.judge_all(
+        [one.id for one, _ in mixed], [TOKENIZER.encode(said) for _, said in mixed], ["stop"] * 4
+    )
+    assert [(text + EOS, result.correct) for text, result in judged] == [
+        (said, said == one.answer + EOS) for one, said in mixed
+    ]
     totals, _ = rewards([problem.id] * 2, [asked, answered], ["failed: OSError: no disk", "stop"])
     assert math.isnan(totals[0]) and totals[1] == 1
     assert "its environment failed: OSError: no disk" in (tmp_path / "metrics.jsonl").read_text()

@@ -60,7 +60,15 @@ class CalculationsSource(Section):
     calculations: CalculationsConfig
 
 
-SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations")
+class GeneratorSource(Section):
+    """Problems that a function draws: `package.module:function`, called with a `random.Random` and `params`, returns a
+    row as in the JSONL source. What it draws may depend on nothing else."""
+
+    generator: str
+    params: dict[str, Any] = {}
+
+
+SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations", "generator")
 
 
 def _source_kind(value: Any) -> str:
@@ -75,7 +83,8 @@ Source = Annotated[
     Annotated[ReasoningGymSource, Tag("<reasoning_gym>")]
     | Annotated[JsonlSource, Tag("<jsonl>")]
     | Annotated[DatasetSource, Tag("<dataset>")]
-    | Annotated[CalculationsSource, Tag("<calculations>")],
+    | Annotated[CalculationsSource, Tag("<calculations>")]
+    | Annotated[GeneratorSource, Tag("<generator>")],
     Discriminator(
         _source_kind,
         custom_error_type="recipe",

@@ -62,21 +62,40 @@ class DomainRewards:
 
         Of an episode, `token_ids` are what the model sampled.
         """
-        problem = self.problems[problem_id]
-        if finish_reason.startswith(FAILED):
-            text, result = "", RewardResult(problem_id, 0.0, error=f"its environment {finish_reason}")
-        else:
-            text = self._text(problem, token_ids, finish_reason)
-            reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
-            answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
-            counted = None if problem.mode == "chat" else len(reasoning)
-            (result,) = self._scorers[problem.domain, problem.effort].score_batch(
-                [Answer(problem, answer_text, token_ids, finish_reason, counted)]
-            )
-        if result.error is not None and not self.told:
-            self.told = True
-            self._tell(problem, text, result.error)
-        return text, result
+        return self.judge_all([problem_id], [token_ids], [finish_reason])[0]
+
+    def judge_all(
+        self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
+    ) -> list[tuple[str, RewardResult]]:
+        """As `judge`, of many completions: programs among them run side by side, a judge sees all at once."""
+        texts: list[str] = []
+        results: dict[int, RewardResult] = {}
+        asked: dict[tuple[str, Effort | None], dict[int, Answer]] = {}
+        for row, one in enumerate(zip(problem_ids, completion_ids, finish_reasons, strict=True)):
+            problem, reason = self.problems[one[0]], one[2]
+            if reason.startswith(FAILED):
+                texts.append("")
+                results[row] = RewardResult(problem.id, 0.0, error=f"its environment {reason}")
+            else:
+                answer = self._answer(problem, one[1], reason)
+                texts.append(answer[0])
+                asked.setdefault((problem.domain, problem.effort), {})[row] = answer[1]
+        for key, answers in asked.items():
+            results |= zip(answers, self._scorers[key].score_batch(list(answers.values())), strict=True)
+        for row, problem_id in enumerate(problem_ids):
+            error = results[row].error
+            if error is not None and not self.told:
+                self.told = True
+                self._tell(self.problems[problem_id], texts[row], error)
+        return [(text, results[row]) for row, text in enumerate(texts)]
+
+    def _answer(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> tuple[str, Answer]:
+        """The text of a completion with its reasoning, and what of it is scored."""
+        text = self._text(problem, token_ids, finish_reason)
+        reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
+        answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
+        counted = None if problem.mode == "chat" else len(reasoning)
+        return text, Answer(problem, answer_text, token_ids, finish_reason, counted)
 
     def _text(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> str:
         """The answer: of an episode the last turn, if it came to an answer."""
@@ -91,10 +110,7 @@ class DomainRewards:
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
     ) -> tuple[list[float], list[dict[str, float]]]:
         """Totals and parts, in order; NaN and no parts where a reward failed, which says nothing of the answer."""
-        results = [
-            self.judge(problem_id, token_ids, reason)[1]
-            for problem_id, token_ids, reason in zip(problem_ids, completion_ids, finish_reasons, strict=True)
-        ]
+        results = [result for _, result in self.judge_all(problem_ids, completion_ids, finish_reasons)]
         totals = [math.nan if result.error is not None else result.total for result in results]
         return totals, [{} if result.error is not None else result.parts for result in results]
 

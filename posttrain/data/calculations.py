@@ -64,8 +64,10 @@ def generate_calculations(
 def demonstrate(problem: Problem, reasoning: str = "") -> list[dict[str, Any]]:
     """A conversation that solves a problem with the tool `calculator`: what the model is shown before it tries.
 
-    The tool is not declared in it: declare it by `posttrain.data.v4.with_tools`, or encode with `known_tools`.
+    The tool is not declared in it: declare it by `posttrain.data.v4.with_tools`, or encode with `known_tools`. In modes
+    that think, the problem's reasoning leads to the call.
     """
+    reasoning = reasoning or problem.reasoning
     call = ToolCall("calculator", {"expression": problem.entry["expression"]})
     calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call.message()]}
     return [
@@ -83,4 +85,4 @@ def demonstrate_half(problem: Problem) -> list[dict[str, Any]]:
     """
     if place(f"demonstration: {problem.id}") < 0.5:
         return demonstrate(problem)
-    return [*problem.messages, {"role": "assistant", "content": problem.answer}]
+    return [*problem.messages, {"role": "assistant", "content": problem.answer, "reasoning": problem.reasoning}]

@@ -148,14 +148,9 @@ class DomainConfig(Section):
     @model_validator(mode="after")
     def _turns_fit(self) -> DomainConfig:
         turn_tokens = self.environment.turn_tokens if self.environment else None
-        if turn_tokens is not None and turn_tokens > self.max_new_tokens:
-            raise _wrong(
-                "environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {self.max_new_tokens}"
-            )
-        if self.environment is not None and self.modes:
-            raise _wrong(
-                "modes", "a domain has either `modes` or an `environment`: episodes are played without thinking"
-            )
+        if turn_tokens is not None and turn_tokens > self.longest_completion:
+            longest = self.longest_completion
+            raise _wrong("environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {longest}")
         return self
 
     @property

@@ -161,6 +161,7 @@ def _over_modes(modes: Mapping[str, Measurement], samples: int) -> Measurement:
         transcripts=[transcript for one in parts for transcript in one.transcripts],
         shares=shares,
         modes=dict(modes),
+        episodes={name: fmean(one.episodes[name] for one in parts) for name in parts[0].episodes},
     )
 
 

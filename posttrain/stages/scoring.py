@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from posttrain.data import DomainData, Problem
@@ -90,21 +91,22 @@ class DomainRewards:
         return [(text, results[row]) for row, text in enumerate(texts)]
 
     def _answer(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> tuple[str, Answer]:
-        """The text of a completion with its reasoning, and what of it is scored."""
-        text = self._text(problem, token_ids, finish_reason)
-        reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
-        answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
-        counted = None if problem.mode == "chat" else len(reasoning)
-        return text, Answer(problem, answer_text, token_ids, finish_reason, counted)
+        """The text of a completion with its reasoning, and what of it is scored.
 
-    def _text(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> str:
-        """The answer: of an episode the last turn, if it came to an answer."""
-        if problem.domain not in self.conversing:
-            return decode_completion(self._tokenizer, token_ids)
-        if finish_reason != "stop":
-            return ""
-        ends = [at for at, token in enumerate(token_ids) if token == self._tokenizer.eos_token_id]
-        return decode_completion(self._tokenizer, token_ids[ends[-2] + 1 if len(ends) > 1 else 0 :])
+        Of an episode, that is the last turn, if it came to an answer; the reasoning of all turns is counted.
+        """
+        turns = [token_ids]
+        if problem.domain in self.conversing:
+            eos = self._tokenizer.eos_token_id
+            ends = [-1, *(at for at, token in enumerate(token_ids) if token == eos)]
+            turns = [token_ids[first + 1 : end + 1] for first, end in pairwise([*ends, len(token_ids)])]
+            turns = [turn for turn in turns if turn] or [token_ids]
+        split = [split_completion(self._tokenizer, turn, problem.mode) for turn in turns]
+        counted = None if problem.mode == "chat" else sum(len(reasoning) for reasoning, _ in split)
+        if problem.domain in self.conversing and finish_reason != "stop":
+            return "", Answer(problem, "", token_ids, finish_reason, counted)
+        text, answer = (decode_completion(self._tokenizer, ids) for ids in (turns[-1], split[-1][1]))
+        return text, Answer(problem, answer, token_ids, finish_reason, counted)
 
     def __call__(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]

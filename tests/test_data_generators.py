@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.data import load_domains
 from posttrain.data.problems import Problem, make_problem, split_key
-from posttrain.data.puzzles import ordering, string_function
+from posttrain.data.puzzles import string_function, true_clauses
 from posttrain.data.steps import running_totals, written_totals
 from posttrain.errors import BadInput
 from posttrain.recipe import Recipe
@@ -60,15 +60,16 @@ def test_a_function_that_is_no_good_is_named(generator: str, params: dict[str, A
         load_domains(recipe_of(generator, params))
 
 
-def test_orders_follow_from_their_claims() -> None:
-    random = Random(0)
+def test_true_clauses_are_counted() -> None:
+    random, seen = Random(0), set()
+    truth = {"&": "0001", "|": "0111", "^": "0110"}
     for _ in range(200):
-        row = ordering(random, items=5)
-        claims = row["prompt"].removesuffix("=").split(",")
-        place = {letter: index for index, letter in enumerate(row["answer"])}
-        assert len(place) == 5 and len(claims) == 4
-        for one, sign, other in claims:
-            assert (place[one] < place[other]) == (sign == "<") and abs(place[one] - place[other]) == 1
+        row = true_clauses(random, clauses=4)
+        clauses = row["prompt"].removesuffix("#").split(" ")
+        assert row["answer"] == sum(int(truth[sign][2 * int(a) + int(b)]) for a, sign, b in clauses)
+        assert len(clauses) == 4
+        seen.add(row["answer"])
+    assert seen == {0, 1, 2, 3, 4}
 
 
 def test_the_answers_of_string_functions_pass_their_tests_and_others_do_not() -> None:

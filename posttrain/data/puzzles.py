@@ -1,22 +1,20 @@
-"""Small problems for small models, as `generator` of a source: orders to be found, and programs to be written."""
+"""Small problems for small models, as `generator` of a source: clauses to be judged, and programs to be written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from random import Random
-from string import ascii_letters, ascii_lowercase
+from string import ascii_letters
 from typing import Any
 
+_OPERATORS: dict[str, Callable[[int, int], int]] = {"&": int.__and__, "|": int.__or__, "^": int.__xor__}
 
-def ordering(random: Random, items: int = 5) -> dict[str, Any]:
-    """Who comes before whom, told in any order and from either side: `e<x,q>x,c<e,q<k=` → `cexqk`."""
-    order = random.sample(ascii_lowercase, items)
-    claims = [
-        f"{first}<{second}" if random.random() < 0.5 else f"{second}>{first}" for first, second in pairwise(order)
-    ]
-    random.shuffle(claims)
-    return {"prompt": f"{','.join(claims)}=", "answer": "".join(order)}
+
+def true_clauses(random: Random, clauses: int = 8) -> dict[str, Any]:
+    """How many clauses hold: `1&0 0|1 1^1 1|1#` → `2`."""
+    drawn = [(random.randint(0, 1), random.choice([*_OPERATORS]), random.randint(0, 1)) for _ in range(clauses)]
+    text = " ".join(f"{left}{operator}{right}" for left, operator, right in drawn)
+    return {"prompt": f"{text}#", "answer": sum(_OPERATORS[operator](left, right) for left, operator, right in drawn)}
 
 
 _PLAIN: dict[str, tuple[str, Callable[[str], str]]] = {

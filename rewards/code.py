@@ -63,6 +63,8 @@ def code(
 ) -> list[float | Exception]:
     """1 if the program in the answer passes the problem's tests; else 0, or with `partial` the share that it passes.
 
+    The same program for the same problem is run once, however often it is among the answers.
+
     Args:
         isolated: demand that the system can isolate programs; without, they run with what protections there are.
         seconds: for the tests of one answer, or for one of its cases; half of that as CPU time.
@@ -70,11 +72,16 @@ def code(
     """
     limits = sandbox.Limits(wall_seconds=seconds, cpu_seconds=max(1, round(seconds / 2)), memory_mib=memory_mib)
 
+    places: dict[tuple[str, str], list[int]] = {}
+    for index, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+        places.setdefault((problem.id, program_of(text)), []).append(index)
+    distinct = list(places)
+
     def judge(problem: Problem, index: int) -> float:
         complaint = _complaint(problem)
         if complaint is not None:
             raise ValueError(complaint)
-        program = problem.entry.get("prefix", "") + program_of(texts[index])
+        program = problem.entry.get("prefix", "") + distinct[index][1]
         if "tests" in problem.entry:
             entry_point = problem.entry.get("entry_point", "")
             verdict = sandbox.examine(program, problem.entry["tests"], entry_point, limits, isolated)
@@ -83,4 +90,7 @@ def code(
             verdict = sandbox.compare(program, cases, limits, isolated, stop_early=not partial)
         return verdict.share if partial or verdict.share == 1 else 0.0
 
-    return spread(problems, judge, len(os.sched_getaffinity(0)))
+    first = [problems[indices[0]] for indices in places.values()]
+    verdicts = spread(first, judge, len(os.sched_getaffinity(0)))
+    of_answer = {index: verdict for found, verdict in zip(places.values(), verdicts, strict=True) for index in found}
+    return [of_answer[index] for index in range(len(texts))]

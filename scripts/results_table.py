@@ -16,9 +16,14 @@ def main(directories: list[str]) -> int:
     if not reports:
         print("name the run directories", file=sys.stderr)
         return 2
-    print(accuracy_table(reports))
+    if own_domains_only(reports[0]):
+        print(stages_table(reports))
+    else:
+        print(accuracy_table(reports))
     print()
-    if any("modes" in cell for model in reports[0]["models"] for cell in model["eval"].values()):
+    if not own_domains_only(reports[0]) and any(
+        "modes" in cell for model in reports[0]["models"] for cell in model["eval"].values()
+    ):
         print(effort_table(reports))
         print()
     print(facts_table(reports))
@@ -37,6 +42,31 @@ def accuracy_table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
+def own_domains_only(report: Report) -> bool:
+    """Whether experts were measured on their own domain alone (`own_domain` of the recipe's evaluation)."""
+    return any(set(model["eval"]) != set(report["models"][0]["eval"]) for model in report["models"])
+
+
+def stages_table(reports: list[Report]) -> str:
+    """A row for each domain, mode and seed, a column for each stage: base, what made the expert, student."""
+    domains = list(reports[0]["models"][0]["eval"])
+    kinds = list(dict.fromkeys(name.split("/")[2] for name in _names(reports[0]) if name.startswith("expert/")))
+    student = ["student"] if "student" in _names(reports[0]) else []
+    lines = ["| domain | mode | seed | " + " | ".join(["base", *kinds, *student]) + " |"]
+    lines.append("| --- | --- | --- |" + " --- |" * (1 + len(kinds) + len(student)))
+    for domain in domains:
+        models = ["base", *(f"expert/{domain}/{kind}" for kind in kinds), *student]
+        for mode in reports[0]["models"][0]["eval"][domain].get("modes", [None]):
+            for report in reports:
+                cells = [cell(report, name, domain, mode, length=True) for name in models]
+                lines.append(f"| {domain} | {mode or ''} | {report['seed']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _names(report: Report) -> list[str]:
+    return [model["name"] for model in report["models"]]
+
+
 def effort_table(reports: list[Report]) -> str:
     """A row for each model, domain and mode, a column for each seed: accuracy, interval, mean tokens."""
     lines = ["| model | domain | mode | " + " | ".join(f"seed {report['seed']}" for report in reports) + " |"]
@@ -44,20 +74,20 @@ def effort_table(reports: list[Report]) -> str:
     for model in reports[0]["models"]:
         for domain, result in model["eval"].items():
             for mode in result.get("modes", {}):
-                cells = [cell(report, model["name"], domain, mode) for report in reports]
+                cells = [cell(report, model["name"], domain, mode, length=True) for report in reports]
                 lines.append(f"| {model['name']} | {domain} | {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cell(report: Report, name: str, domain: str, mode: str | None = None) -> str:
-    """`87.5 (85.3–89.4)`: pass@1 and its 95 % interval in percent; of a mode with the mean tokens of a completion."""
+def cell(report: Report, name: str, domain: str, mode: str | None = None, length: bool = False) -> str:
+    """`87.5 (85.3–89.4)`: pass@1 and its 95 % interval in percent; with `length`, the mean tokens of a completion."""
     found = [model for model in report["models"] if model["name"] == name]
     if not found or domain not in found[0]["eval"]:
         return "–"
     result = found[0]["eval"][domain]
     result = result if mode is None else result["modes"][mode]
     low, high = result["ci95"]
-    tokens = "" if mode is None else f", {result['mean_length']:.1f} tokens"
+    tokens = f", {result['mean_length']:.1f} tokens" if length else ""
     return f"{100 * result['pass@1']:.1f} ({100 * low:.1f}–{100 * high:.1f}){tokens}"
 
 

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from posttrain.data import load_domains
 from posttrain.data.tokenizer import build_character_tokenizer
 from posttrain.errors import BadInput
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.recipe.evaluation import LmEvalEvaluation
+from posttrain.recipe.evaluation import HoldoutEvaluation, LmEvalEvaluation
+from posttrain.rundir import RunDirectory
+from posttrain.stages.evaluate import evaluate
 from posttrain.stages.hooks import EvaluatedModel, check_hooks, named_hooks, numbers
+from posttrain.stages.work import Work
 from rollouts.types import Completion, Sampling
 from tests.recipe_kit import recipe_with, write_recipe
 
@@ -158,3 +162,34 @@ def test_hooks_that_cannot_work_are_refused_before_the_run(tmp_path: Path) -> No
     recipe = write_recipe(tmp_path / "s.yaml", {"evaluation": [{"holdout": {"n": 8}, "function": "math:sqrt"}]})
     with pytest.raises(BadInput, match="give exactly one of"):
         load_recipe(recipe)
+
+
+def test_a_model_is_loaded_once_for_all_its_evaluations_and_not_at_all_for_none(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        recipe_with({"evaluation": [{"holdout": {"n": 2}}, {"function": "tests.hook_functions:lengths"}]})
+    )
+    loaded: list[tuple[Path, int]] = []
+
+    class Loading(Adder):
+        def weight_version(self) -> int | None:
+            return loaded[-1][1] if loaded else None
+
+        def load_checkpoint(self, path: Path, version: int) -> None:
+            loaded.append((path, version))
+
+    run = RunDirectory.create(tmp_path, "run", recipe)
+    TOKENIZER.save_pretrained(run.tokenizer_path)
+    cluster: Any = SimpleNamespace(client=lambda slot: Loading())
+    work = Work(recipe, run, load_domains(recipe), TOKENIZER, cluster)
+    found = evaluate(work, "base", tmp_path / "base")
+    assert set(found) == {"sums", "words"} and len(work.hooked) == 1
+    evaluate(work, "base", tmp_path / "base")  # all of it is known
+    evaluate(work, "expert/sums/sft", tmp_path / "expert", slot=1)
+    assert loaded == [(tmp_path / "base", 1), (tmp_path / "expert", 2)]
+
+
+def test_experts_can_be_measured_on_their_own_domain_alone() -> None:
+    config, domains = HoldoutEvaluation(own_domain=True), ["sums", "words"]
+    assert config.domains_of("expert/words/grpo", domains) == ["words"]
+    assert config.domains_of("base", domains) == config.domains_of("student", domains) == domains
+    assert HoldoutEvaluation().domains_of("expert/words/grpo", domains) == domains

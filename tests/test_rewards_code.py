@@ -61,6 +61,27 @@ def test_an_answer_that_is_no_program_is_wrong_and_no_failure(text: str) -> None
     assert result.error is None and result.total == 0
 
 
+def test_the_same_program_for_the_same_problem_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[str, str]] = []
+
+    def examine(program: str, tests: str, *_: object) -> sandbox.Verdict:
+        runs.append((program, tests))
+        if program == "crash":
+            raise sandbox.SandboxError("no jail")
+        return sandbox.Verdict(int(program == "right"), 1, ())
+
+    monkeypatch.setattr(sandbox, "examine", examine)
+    problems = [
+        make_problem("code", [{"role": "user", "content": one}], "", {"tests": one}, None) for one in ("1", "2")
+    ]
+    asked = [(0, "right"), (0, "wrong"), (1, "right"), (0, "right"), (1, "crash"), (0, "wrong"), (1, "crash")]
+    answers = [rewards.Answer(problems[index], text, [1], "stop") for index, text in asked]
+    found = rewards.build([{"code": {"isolated": False}}]).score_batch(answers)
+    assert sorted(runs) == [("crash", "2"), ("right", "1"), ("right", "2"), ("wrong", "1")]
+    assert [result.total for result in found] == [1, 0, 1, 1, 0, 0, 0]
+    assert [result.error is not None for result in found] == [False] * 4 + [True, False, True]
+
+
 def test_cases_compare_what_is_printed() -> None:
     assert score("print(2 * int(input()))", problem(cases=CASES)).correct
     assert score("print(4)", problem(cases=CASES)).total == 0

@@ -14,6 +14,7 @@ import pytest
 
 from posttrain.data import DomainData, Problem, load_domains
 from posttrain.data.calculations import demonstrate
+from posttrain.data.efforts import in_every_effort, with_reasoning
 from posttrain.data.encoding import encode_conversation, encode_prompt, render_prompt
 from posttrain.data.layout import EOS
 from posttrain.data.v4 import ToolCall, with_tools
@@ -158,9 +159,59 @@ def test_rewards_see_the_last_turn_and_how_the_episode_ended(
     assert rewards.judge(problem.id, answered + asked, "turn_limit")[0] == ""
     assert not rewards.judge(problem.id, asked + answered[:-1], "length")[1].correct
     assert rewards.judge(word.id, TOKENIZER.encode(word.answer + EOS), "stop")[1].correct
+    mixed = [(word, word.answer + EOS), (problem, "7" + EOS), (word, "?" + EOS), (problem, problem.answer + EOS)]
+    judged = rewards.judge_all(
+        [one.id for one, _ in mixed], [TOKENIZER.encode(said) for _, said in mixed], ["stop"] * 4
+    )
+    assert [(text + EOS, result.correct) for text, result in judged] == [
+        (said, said == one.answer + EOS) for one, said in mixed
+    ]
     totals, _ = rewards([problem.id] * 2, [asked, answered], ["failed: OSError: no disk", "stop"])
     assert math.isnan(totals[0]) and totals[1] == 1
     assert "its environment failed: OSError: no disk" in (tmp_path / "metrics.jsonl").read_text()
+
+
+MODES: dict[str, Any] = {
+    "chat": {"max_new_tokens": 200},
+    "high": {"max_new_tokens": 260, "reasoning": f"{HERE}:aloud", "prefix": "Think.\n"},
+}
+
+
+def aloud(problem: Problem) -> str:
+    return f"I need {problem.entry['expression']}."
+
+
+def test_a_domain_has_tools_in_every_mode(domains: dict[str, DomainData], tokenizer_path: str, tmp_path: Path) -> None:
+    shown = {"demonstrations": "posttrain.data.calculations:demonstrate"}
+    environment = SETTINGS["domains.sums.environment"] | shown
+    recipe = recipe_of({"domains.sums.modes": MODES, "domains.sums.environment": environment})
+    check_episodes(recipe, TOKENIZER, domains)
+    config = recipe.domains["sums"]
+    chat, high = with_reasoning(in_every_effort([domains["sums"].train[0]], config.modes), config)
+    expression, answer = chat.entry["expression"], chat.answer
+    turns = {
+        chat.id: [call(expression), f"{answer}{EOS}"],
+        high.id: [f"I need {expression}.</think>{call(expression)}", f"</think>{answer}{EOS}"],
+    }
+    episodes = DomainEpisodes(recipe, tokenizer_path, [chat, high])
+    rewards = DomainRewards(recipe, tokenizer_path, [chat, high])
+    for problem in (chat, high):
+        said = turns[problem.id]
+        row = taught_row(recipe, TOKENIZER, problem)
+        assert TOKENIZER.decode([token for token in row["labels"] if token >= 0]) == "".join(said)
+        episode = episodes.begin(problem.id, config.new_tokens(problem.effort))
+        play(episode, [says(turn) for turn in said])
+        assert episode.outcome == "answered" and [*episode.prompt_ids, *episode.token_ids] == row["input_ids"]
+        completion = episode.completion()
+        text, result = rewards.judge(problem.id, completion.sampled_ids, completion.finish_reason)
+        assert (text, result.correct) == (said[-1].removesuffix(EOS), True)
+    _, answer_of = rewards._answer(high, TOKENIZER.encode("".join(turns[high.id])), "stop")
+    assert answer_of.reasoning_tokens == len(aloud(high)) + 2 and answer_of.text == answer
+    with pytest.raises(BadInput, match=r"domains\.sums\.modes\.chat\.max_new_tokens is 150; the longest demonstration"):
+        modes = MODES | {"chat": {"max_new_tokens": 150}}
+        check_episodes(
+            recipe_of({"domains.sums.modes": modes, "domains.sums.environment": environment}), TOKENIZER, domains
+        )
 
 
 # What is taught

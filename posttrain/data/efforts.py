@@ -63,17 +63,20 @@ def with_reasoning(problems: Iterable[Problem], config: DomainConfig) -> list[Pr
         BadInput: a problem without reasoning, or a function that fails.
     """
     return [
-        replace(problem, reasoning=_reasoning(problem, config.modes[problem.effort]))
+        replace(problem, reasoning=_reasoning(problem, config))
         if problem.effort is not None and problem.mode != "chat"
         else problem
         for problem in problems
     ]
 
 
-def _reasoning(problem: Problem, mode: ModeConfig) -> str:
-    where = f"domains.{problem.domain}.modes.{problem.effort}.reasoning"
+def _reasoning(problem: Problem, config: DomainConfig) -> str:
+    assert problem.effort is not None
+    mode, where = config.modes[problem.effort], f"domains.{problem.domain}.modes.{problem.effort}.reasoning"
     if mode.reasoning is None:
         text = problem.entry.get("reasoning")
+        if text is None and config.environment is not None and config.environment.demonstrations is not None:
+            return ""  # the demonstration may bring its own
         if not isinstance(text, str):
             raise BadInput(
                 f"{where}: SFT needs the reasoning that leads to each answer, and {problem.id} has none: bring "

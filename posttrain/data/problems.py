@@ -111,13 +111,16 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
     """
     from posttrain.data import sources
     from posttrain.data.calculations import generate_calculations
-    from posttrain.recipe.domains import CalculationsSource, JsonlSource, ReasoningGymSource
+    from posttrain.data.generators import generate_rows
+    from posttrain.recipe.domains import CalculationsSource, GeneratorSource, JsonlSource, ReasoningGymSource
 
     source = config.source
     if isinstance(source, ReasoningGymSource):
         return sources.generate(name, source, config, seed)
+    sizes: dict[Split, int] = {"train": config.train, "selection": config.selection, "holdout": config.holdout}
+    if isinstance(source, GeneratorSource):
+        return generate_rows(name, sizes, seed, source, config.system)
     if isinstance(source, CalculationsSource):
-        sizes: dict[Split, int] = {"train": config.train, "selection": config.selection, "holdout": config.holdout}
         kind = source.calculations
         return generate_calculations(name, sizes, seed, kind.min_digits, kind.max_digits, config.system, kind.shapes)
     if isinstance(source, JsonlSource):

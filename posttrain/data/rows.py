@@ -84,7 +84,7 @@ def check_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: 
             )
         problems = [*data.train, *data.selection, *data.holdout]
         asked = in_every_effort(problems, config.modes)
-        if _sft_stages(recipe, name):
+        if sft_stages_of(recipe, name):
             asked = with_reasoning(asked, config)
         for first in range(0, len(asked), len(problems)):
             _check_mode(recipe, tokenizer, name, asked[first : first + len(problems)])
@@ -134,14 +134,14 @@ def check_lengths(
             f"rollout.max_model_len is {recipe.rollout.max_model_len}; {where} needs {prompt + new_tokens}: "
             f"its longest prompt has {prompt} tokens and max_new_tokens is {new_tokens}"
         )
-    for key, stage in _sft_stages(recipe, name):
+    for key, stage in sft_stages_of(recipe, name):
         if example > stage.max_length:
             raise BadInput(
                 f"stages.{key}: max_length is {stage.max_length}; the longest example of {where} has {example} tokens"
             )
 
 
-def _sft_stages(recipe: Recipe, domain: str) -> list[tuple[str, SftStage]]:
+def sft_stages_of(recipe: Recipe, domain: str) -> list[tuple[str, SftStage]]:
     """The stages that learn from the domain's reference answers, by their keys below `stages`."""
     experts = f"experts.overrides.{domain}" if domain in recipe.stages.experts.overrides else "experts.per_domain"
     stages = [("base", recipe.stages.base), *((experts, stage) for stage in recipe.expert_stages(domain))]

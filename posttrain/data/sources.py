@@ -233,7 +233,7 @@ def _read_rows(name: str, origin: str, rows: Iterable[tuple[str, Any]], system: 
     errors: list[str] = []
     for where, row in rows:
         try:
-            messages, answer = _parse_row(row)
+            messages, answer = parse_row(row)
             problem = make_problem(name, messages, answer, row, system)
             known = problems.setdefault(problem.id, problem)
             if known.answer != answer:
@@ -253,7 +253,7 @@ def _read_rows(name: str, origin: str, rows: Iterable[tuple[str, Any]], system: 
     return list(problems.values())
 
 
-def _parse_row(row: Any) -> tuple[list[dict[str, Any]], str]:
+def parse_row(row: Any) -> tuple[list[dict[str, Any]], str]:
     """The messages and the answer of a row. Raises ValueError with what is wrong."""
     if isinstance(row, ValueError):
         raise row

@@ -1,4 +1,4 @@
-"""Reasoning for sums of two numbers (`basic_arithmetic` with `+` only), as `reasoning` of a mode."""
+"""Reasoning for small sums, as `reasoning` of a mode: of two numbers by columns, of several by running totals."""
 
 from __future__ import annotations
 
@@ -27,3 +27,23 @@ def column_sums(problem: Problem) -> str:
 def written_sums(problem: Problem) -> str:
     """`769 + 643` → `9+3+0=12,6+4+1=11,7+6+1=14`: every column in full, the carry last."""
     return ",".join(f"{one}+{other}+{carry}={total}" for one, other, carry, total in _columns(problem))
+
+
+def _totals(problem: Problem) -> Iterator[tuple[int, str, int, int]]:
+    """Of a `chain_sum`, from the left: the total so far, the sign and the number that follow, and the new total."""
+    first, *rest = problem.entry["metadata"]["expression"].split(" ")
+    total = int(first)
+    for sign, number in zip(rest[::2], map(int, rest[1::2]), strict=True):
+        new = total + number if sign == "+" else total - number
+        yield total, sign, number, new
+        total = new
+
+
+def running_totals(problem: Problem) -> str:
+    """`3 + 5 - 2 + 8` → `8,6,14`."""
+    return ",".join(str(new) for *_, new in _totals(problem))
+
+
+def written_totals(problem: Problem) -> str:
+    """`3 + 5 - 2 + 8` → `3+5=8,8-2=6,6+8=14`."""
+    return ",".join(f"{total}{sign}{number}={new}" for total, sign, number, new in _totals(problem))

@@ -15,7 +15,7 @@ from posttrain.errors import BadInput
 from posttrain.imports import import_function
 from posttrain.recipe.conversations import EnvironmentConfig
 from posttrain.recipe.document import Document, KeyPath, split_key
-from posttrain.recipe.domains import DatasetSource, DomainConfig, JsonlSource, ReasoningGymSource
+from posttrain.recipe.domains import DatasetSource, DomainConfig, GeneratorSource, JsonlSource, ReasoningGymSource
 from posttrain.recipe.problems import Problem, choices, did_you_mean
 from posttrain.recipe.schema import Recipe
 
@@ -46,6 +46,8 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
         key = ("domains", name, "source")
         if isinstance(domain.source, ReasoningGymSource):
             checked.problems += _reasoning_gym(key, domain.source)
+        elif isinstance(domain.source, GeneratorSource):
+            checked.problems += _generator((*key, "generator"), domain.source.generator)
         elif isinstance(domain.source, JsonlSource):
             for field_name in ("jsonl", "holdout_jsonl"):
                 value = getattr(domain.source, field_name)
@@ -206,6 +208,15 @@ def _reasoning_gym(key: KeyPath, source: ReasoningGymSource) -> list[Problem]:
         fill_template(source.prompt, entry)
     except BadInput as error:
         return [Problem((*key, "prompt"), str(error))]
+    return []
+
+
+def _generator(key: KeyPath, name: str) -> list[Problem]:
+    """The function can be imported."""
+    try:
+        import_function(name, "")
+    except BadInput as error:
+        return [Problem(key, str(error).removeprefix(": "))]
     return []
 
 

@@ -60,7 +60,15 @@ class CalculationsSource(Section):
     calculations: CalculationsConfig
 
 
-SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations")
+class GeneratorSource(Section):
+    """Problems that a function draws: `package.module:function`, called with a `random.Random` and `params`, returns a
+    row as in the JSONL source. What it draws may depend on nothing else."""
+
+    generator: str
+    params: dict[str, Any] = {}
+
+
+SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations", "generator")
 
 
 def _source_kind(value: Any) -> str:
@@ -75,7 +83,8 @@ Source = Annotated[
     Annotated[ReasoningGymSource, Tag("<reasoning_gym>")]
     | Annotated[JsonlSource, Tag("<jsonl>")]
     | Annotated[DatasetSource, Tag("<dataset>")]
-    | Annotated[CalculationsSource, Tag("<calculations>")],
+    | Annotated[CalculationsSource, Tag("<calculations>")]
+    | Annotated[GeneratorSource, Tag("<generator>")],
     Discriminator(
         _source_kind,
         custom_error_type="recipe",
@@ -139,14 +148,9 @@ class DomainConfig(Section):
     @model_validator(mode="after")
     def _turns_fit(self) -> DomainConfig:
         turn_tokens = self.environment.turn_tokens if self.environment else None
-        if turn_tokens is not None and turn_tokens > self.max_new_tokens:
-            raise _wrong(
-                "environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {self.max_new_tokens}"
-            )
-        if self.environment is not None and self.modes:
-            raise _wrong(
-                "modes", "a domain has either `modes` or an `environment`: episodes are played without thinking"
-            )
+        if turn_tokens is not None and turn_tokens > self.longest_completion:
+            longest = self.longest_completion
+            raise _wrong("environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {longest}")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,13 @@ class HoldoutEvaluation(Section):
     samples: int = Field(1, ge=1)
     """Answers sampled for each problem; pass@1 is their mean."""
     temperature: float = Field(1.0, ge=0)
+    own_domain: bool = False
+    """Experts answer the problems of their own domain only; base and student those of all."""
+
+    def domains_of(self, model: str, domains: Iterable[str]) -> list[str]:
+        """Of `domains` those that the model of a stage is evaluated on."""
+        expert = model.split("/")[1] if self.own_domain and model.startswith("expert/") else None
+        return [domain for domain in domains if expert in (None, domain)]
 
 
 class LmEvalEvaluation(Section):

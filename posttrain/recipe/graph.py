@@ -5,7 +5,13 @@ from __future__ import annotations
 from rich.text import Text
 from rich.tree import Tree
 
-from posttrain.recipe.domains import CalculationsSource, DomainConfig, JsonlSource, ReasoningGymSource
+from posttrain.recipe.domains import (
+    CalculationsSource,
+    DomainConfig,
+    GeneratorSource,
+    JsonlSource,
+    ReasoningGymSource,
+)
 from posttrain.recipe.evaluation import EvaluationHook
 from posttrain.recipe.schema import Recipe
 from posttrain.recipe.stages import GateConfig, GrpoStage, SftStage
@@ -37,7 +43,8 @@ def stage_tree(recipe: Recipe) -> Tree:
 def _evaluation(hook: EvaluationHook) -> str:
     if hook.holdout is not None:
         answers = f"{hook.holdout.samples} answer{'s' if hook.holdout.samples > 1 else ''} each"
-        return f"{hook.holdout.n:,} held-out problems of each domain, {answers}"
+        domains = "of each domain (experts: their own)" if hook.holdout.own_domain else "of each domain"
+        return f"{hook.holdout.n:,} held-out problems {domains}, {answers}"
     return f"lm-eval's {', '.join(hook.lm_eval.tasks)}" if hook.lm_eval is not None else str(hook.function)
 
 
@@ -63,6 +70,8 @@ def _problems(domain: DomainConfig) -> str:
         origin = f"reasoning-gym {source.reasoning_gym}"
     elif isinstance(source, CalculationsSource):
         origin = "calculations"
+    elif isinstance(source, GeneratorSource):
+        origin = source.generator
     else:
         origin = source.jsonl if isinstance(source, JsonlSource) else source.dataset
     rewards = ", ".join(spec if isinstance(spec, str) else next(iter(spec)) for spec in domain.reward)

@@ -8,14 +8,16 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data import DomainData, Problem
+from posttrain.data.efforts import in_every_effort, with_reasoning
 from posttrain.data.encoding import Message, encode_conversation, encode_example, encode_prompt, has_v4_layout
-from posttrain.data.rows import IGNORED, check_known, check_lengths, labelled
+from posttrain.data.rows import IGNORED, check_known, check_lengths, labelled, sft_stages_of
 from posttrain.data.tokenizer import load_tokenizer
 from posttrain.data.v4 import with_tools
 from posttrain.errors import BadInput
 from posttrain.imports import import_function
 from posttrain.recipe import Recipe
 from posttrain.recipe.conversations import EnvironmentConfig
+from posttrain.recipe.domains import Effort
 from rollouts.environments import Environment, Episode, Limits, Tool, ToolUse, named_tool
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class DomainEpisodes:
         problem = self.problems[problem_id]
         config = self.configs[problem.domain]
         limits = Limits(config.turns, tokens, min(tokens, config.turn_tokens or tokens))
-        return Episode(self._tokenizer, make_environment(config, problem), limits, prompt_ids=prompt_ids)
+        return Episode(self._tokenizer, make_environment(config, problem), limits, problem.mode, prompt_ids)
 
 
 def episodes_of(recipe: Recipe, tokenizer_path: str, problems: Sequence[Problem]) -> DomainEpisodes | None:
@@ -102,15 +104,15 @@ def taught_row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, problem: Prob
     """
     config = recipe.domains[problem.domain].environment
     if config is None or config.demonstrations is None:
-        return labelled(*encode_example(tokenizer, policy_messages(recipe, problem), problem.answer))
+        messages = policy_messages(recipe, problem)
+        return labelled(*encode_example(tokenizer, messages, problem.answer, problem.mode, problem.reasoning))
     where = f"domains.{problem.domain}.environment.demonstrations"
     messages = import_function(config.demonstrations, where)(problem)
     tools = tools_of(problem.domain, config)
+    known = [] if config.describe else [tool.name for tool in tools]
     try:
-        if config.describe:
-            encoded = encode_conversation(tokenizer, with_tools(messages, [tool.schema() for tool in tools]))
-        else:
-            encoded = encode_conversation(tokenizer, messages, known_tools=[tool.name for tool in tools])
+        declared = with_tools(messages, [tool.schema() for tool in tools]) if config.describe else messages
+        encoded = encode_conversation(tokenizer, declared, problem.mode, known)
     except BadInput as error:
         raise BadInput(f"{where}: {config.demonstrations} on {problem.id}: {error}") from error
     return labelled([], encoded.token_ids, encoded.loss_mask)
@@ -139,21 +141,42 @@ def check_episodes(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: 
             answer = max(answer, len(answer_ids))
         problems.sort(key=lambda problem: -sum(len(message["content"]) for message in problem.messages))
         longest = problems[:MEASURED_PROBLEMS]
-        prompts = [encode_prompt(tokenizer, policy_messages(recipe, problem)) for problem in longest]
-        rows = [taught_row(recipe, tokenizer, problem) for problem in longest]
-        check_lengths(recipe, name, max(map(len, prompts)), answer, max(len(row["input_ids"]) for row in rows))
-        _check_limits(recipe, name, prompts, rows)
+        asked = in_every_effort(longest, recipe.domains[name].modes)
+        if sft_stages_of(recipe, name):
+            asked = with_reasoning(asked, recipe.domains[name])
+        for effort, group in groupby(asked, key=lambda problem: problem.effort):
+            _check_mode(recipe, tokenizer, name, list(group), effort, answer)
+
+
+def _check_mode(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    problems: Sequence[Problem],
+    effort: Effort | None,
+    answer: int,
+) -> None:
+    """Raise BadInput when what is shown of the longest problems in a mode does not fit; `answer`: tokens of one."""
+    prompts = [encode_prompt(tokenizer, policy_messages(recipe, problem), problem.mode) for problem in problems]
+    rows = [taught_row(recipe, tokenizer, problem) for problem in problems]
+    check_lengths(recipe, name, max(map(len, prompts)), answer, max(len(row["input_ids"]) for row in rows), effort)
+    _check_limits(recipe, name, prompts, rows, effort)
 
 
 def _check_limits(
-    recipe: Recipe, name: str, prompts: Sequence[list[int]], rows: Sequence[Mapping[str, list[int]]]
+    recipe: Recipe,
+    name: str,
+    prompts: Sequence[list[int]],
+    rows: Sequence[Mapping[str, list[int]]],
+    effort: Effort | None,
 ) -> None:
     """Raise BadInput when the model could not finish what it is taught within the limits of an episode."""
     domain = recipe.domains[name]
     episode = max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, prompts, strict=True))
-    if episode > domain.max_new_tokens:
+    if episode > domain.new_tokens(effort):
+        where = f"domains.{name}.modes.{effort}" if effort else f"domains.{name}"
         raise BadInput(
-            f"domains.{name}.max_new_tokens is {domain.max_new_tokens}; the longest demonstration has {episode} tokens "
+            f"{where}.max_new_tokens is {domain.new_tokens(effort)}; the longest demonstration has {episode} tokens "
             "after its prompt, the environment's included"
         )
     turn_tokens = domain.environment.turn_tokens if domain.environment else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ from posttrain.recipe.stages import GateConfig
 from posttrain.stages.episodes import episodes_of
 from posttrain.stages.hooks import run_hooks
 from posttrain.stages.scoring import DomainRewards
+from posttrain.stages.serving import Served
 from rollouts.environments import EpisodeClient
 from rollouts.types import Completion, Sampling, episode_means
 
@@ -70,11 +72,12 @@ class Measurement:
 def evaluate(work: Work, model: str, checkpoint: Path, slot: int | None = None) -> dict[str, float]:
     """Run the recipe's evaluations of a model; returns pass@1 by domain."""
     accuracy: dict[str, float] = {}
+    served = Served(work, checkpoint, slot)
     for hook in work.recipe.evaluation:
         if hook.holdout is not None and hook.wants(model):
-            for domain in work.domains:
-                accuracy[domain] = measure(work, model, checkpoint, domain, "holdout", hook.holdout, slot)
-    run_hooks(work, model, checkpoint, slot)
+            for domain in hook.holdout.domains_of(model, work.domains):
+                accuracy[domain] = measure(served, model, domain, "holdout", hook.holdout)
+    run_hooks(served, model)
     return accuracy
 
 
@@ -85,7 +88,7 @@ def passes_gate(
     if model in work.gates:
         return work.gates[model]
     config = HoldoutEvaluation(n=len(work.domains[domain].selection))
-    before, after = (measure(work, model, path, domain, "selection", config, slot) for path in (parent, child))
+    before, after = (measure(Served(work, path, slot), model, domain, "selection", config) for path in (parent, child))
     passed = after - before >= gate.min_gain
     work.run.append_event(
         {"event": "gate", "stage": model, "domain": domain, "metric": gate.metric, "parent": before,
@@ -96,15 +99,10 @@ def passes_gate(
 
 
 def measure(
-    work: Work,
-    model: str,
-    checkpoint: Path,
-    domain: str,
-    split: Literal["holdout", "selection"],
-    config: HoldoutEvaluation,
-    slot: int | None = None,
+    served: Served, model: str, domain: str, split: Literal["holdout", "selection"], config: HoldoutEvaluation
 ) -> float:
     """pass@1 of a checkpoint on one domain; measured once for each checkpoint, also over resumed runs."""
+    work, checkpoint = served.work, served.checkpoint
     key = (str(checkpoint), domain, split, f"n={config.n} samples={config.samples} temperature={config.temperature}")
     if key in work.measured:
         return work.measured[key]
@@ -112,9 +110,7 @@ def measure(
     distinct = getattr(work.domains[domain], split)[: config.n]
     problems = in_every_effort(distinct, work.recipe.domains[domain].modes)
     rewards = DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, model, work.run.metrics)
-    client = work.cluster.client(slot)
-    client.load_checkpoint(checkpoint, (client.weight_version() or 0) + 1)
-    found = measure_problems(work.recipe, client, work.tokenizer, problems, rewards, config)
+    found = measure_problems(work.recipe, served.client, work.tokenizer, problems, rewards, config)
     if split == "holdout":
         _record_transcripts(work, model, found)
     work.run.append_event(
@@ -165,6 +161,7 @@ def _over_modes(modes: Mapping[str, Measurement], samples: int) -> Measurement:
         transcripts=[transcript for one in parts for transcript in one.transcripts],
         shares=shares,
         modes=dict(modes),
+        episodes={name: fmean(one.episodes[name] for one in parts) for name in parts[0].episodes},
     )
 
 
@@ -191,10 +188,15 @@ def _measure_mode(
     else:
         prompts = [encode_prompt(tokenizer, problem.messages, problem.mode) for problem in problems]
         answers = client.generate(prompts, sampling)
-    judged = [
-        [rewards.judge(problem.id, answer.sampled_ids, answer.finish_reason) for answer in group]
-        for problem, group in zip(problems, answers, strict=True)
-    ]
+    everything = [(problem.id, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
+    verdicts = iter(
+        rewards.judge_all(
+            [problem_id for problem_id, _ in everything],
+            [answer.sampled_ids for _, answer in everything],
+            [answer.finish_reason for _, answer in everything],
+        )
+    )
+    judged = [list(islice(verdicts, len(group))) for group in answers]
     shares = [sum(result.correct for _, result in group) / len(group) for group in judged]
     lengths = [len(answer.sampled_ids) for group in answers for answer in group]
     cut_off = [answer.finish_reason == "length" for group in answers for answer in group]

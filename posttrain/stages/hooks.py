@@ -23,7 +23,7 @@ from rollouts.types import Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from posttrain.stages.work import Work
+    from posttrain.stages.serving import Served
     from rollouts.pool import RolloutClient
 
 
@@ -75,8 +75,9 @@ def check_hooks(recipe: Recipe) -> None:
             check_tasks(hook.lm_eval, f"{where}.lm_eval")
 
 
-def run_hooks(work: Work, model: str, checkpoint: Path, slot: int | None = None) -> None:
+def run_hooks(served: Served, model: str) -> None:
     """Run the hooks of a model that have not been run in this run yet."""
+    work, checkpoint = served.work, served.checkpoint
     due = [
         (name, hook)
         for name, hook in named_hooks(work.recipe).items()
@@ -85,9 +86,7 @@ def run_hooks(work: Work, model: str, checkpoint: Path, slot: int | None = None)
     if not due:
         return
     work.require_going_on()
-    client = work.cluster.client(slot)
-    client.load_checkpoint(checkpoint, (client.weight_version() or 0) + 1)
-    evaluated = EvaluatedModel(model, checkpoint, work.tokenizer, client, work.recipe.rollout.max_model_len)
+    evaluated = EvaluatedModel(model, checkpoint, work.tokenizer, served.client, work.recipe.rollout.max_model_len)
     for name, hook in due:
         began = time.monotonic()
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from posttrain.data import DomainData, Problem
@@ -62,39 +63,56 @@ class DomainRewards:
 
         Of an episode, `token_ids` are what the model sampled.
         """
-        problem = self.problems[problem_id]
-        if finish_reason.startswith(FAILED):
-            text, result = "", RewardResult(problem_id, 0.0, error=f"its environment {finish_reason}")
-        else:
-            text = self._text(problem, token_ids, finish_reason)
-            reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
-            answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
-            counted = None if problem.mode == "chat" else len(reasoning)
-            (result,) = self._scorers[problem.domain, problem.effort].score_batch(
-                [Answer(problem, answer_text, token_ids, finish_reason, counted)]
-            )
-        if result.error is not None and not self.told:
-            self.told = True
-            self._tell(problem, text, result.error)
-        return text, result
+        return self.judge_all([problem_id], [token_ids], [finish_reason])[0]
 
-    def _text(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> str:
-        """The answer: of an episode the last turn, if it came to an answer."""
-        if problem.domain not in self.conversing:
-            return decode_completion(self._tokenizer, token_ids)
-        if finish_reason != "stop":
-            return ""
-        ends = [at for at, token in enumerate(token_ids) if token == self._tokenizer.eos_token_id]
-        return decode_completion(self._tokenizer, token_ids[ends[-2] + 1 if len(ends) > 1 else 0 :])
+    def judge_all(
+        self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
+    ) -> list[tuple[str, RewardResult]]:
+        """As `judge`, of many completions: programs among them run side by side, a judge sees all at once."""
+        texts: list[str] = []
+        results: dict[int, RewardResult] = {}
+        asked: dict[tuple[str, Effort | None], dict[int, Answer]] = {}
+        for row, one in enumerate(zip(problem_ids, completion_ids, finish_reasons, strict=True)):
+            problem, reason = self.problems[one[0]], one[2]
+            if reason.startswith(FAILED):
+                texts.append("")
+                results[row] = RewardResult(problem.id, 0.0, error=f"its environment {reason}")
+            else:
+                answer = self._answer(problem, one[1], reason)
+                texts.append(answer[0])
+                asked.setdefault((problem.domain, problem.effort), {})[row] = answer[1]
+        for key, answers in asked.items():
+            results |= zip(answers, self._scorers[key].score_batch(list(answers.values())), strict=True)
+        for row, problem_id in enumerate(problem_ids):
+            error = results[row].error
+            if error is not None and not self.told:
+                self.told = True
+                self._tell(self.problems[problem_id], texts[row], error)
+        return [(text, results[row]) for row, text in enumerate(texts)]
+
+    def _answer(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> tuple[str, Answer]:
+        """The text of a completion with its reasoning, and what of it is scored.
+
+        Of an episode, that is the last turn, if it came to an answer; the reasoning of all turns is counted.
+        """
+        turns = [token_ids]
+        if problem.domain in self.conversing:
+            eos = self._tokenizer.eos_token_id
+            ends = [-1, *(at for at, token in enumerate(token_ids) if token == eos)]
+            turns = [token_ids[first + 1 : end + 1] for first, end in pairwise([*ends, len(token_ids)])]
+            turns = [turn for turn in turns if turn] or [token_ids]
+        split = [split_completion(self._tokenizer, turn, problem.mode) for turn in turns]
+        counted = None if problem.mode == "chat" else sum(len(reasoning) for reasoning, _ in split)
+        if problem.domain in self.conversing and finish_reason != "stop":
+            return "", Answer(problem, "", token_ids, finish_reason, counted)
+        text, answer = (decode_completion(self._tokenizer, ids) for ids in (turns[-1], split[-1][1]))
+        return text, Answer(problem, answer, token_ids, finish_reason, counted)
 
     def __call__(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
     ) -> tuple[list[float], list[dict[str, float]]]:
         """Totals and parts, in order; NaN and no parts where a reward failed, which says nothing of the answer."""
-        results = [
-            self.judge(problem_id, token_ids, reason)[1]
-            for problem_id, token_ids, reason in zip(problem_ids, completion_ids, finish_reasons, strict=True)
-        ]
+        results = [result for _, result in self.judge_all(problem_ids, completion_ids, finish_reasons)]
         totals = [math.nan if result.error is not None else result.total for result in results]
         return totals, [{} if result.error is not None else result.parts for result in results]
 

@@ -183,6 +183,19 @@ class GrpoStage(Section):
         return self
 
 
+class WarmStart(SftStage):
+    """Supervised fine-tuning of the student on answers that the experts sampled, before the distillation."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Of the experts' sampling."""
+
+    @model_validator(mode="after")
+    def _from_experts(self) -> WarmStart:
+        if self.conversations is not None:
+            raise _wrong("conversations", "a warm start learns from the experts' answers; leave it out")
+        return self
+
+
 class OpdStage(Section):
     """On-policy distillation (V4 report eq. 29): the student samples, the sample's expert teaches."""
 
@@ -192,6 +205,8 @@ class OpdStage(Section):
     the sum of what each expert changed."""
     init_scale: float | None = Field(None, gt=0)
     """With `task_arithmetic`; default: 1 / the number of experts, which is `average`."""
+    warm_start: WarmStart | None = None
+    """Before it samples itself, the student learns from answers of the experts; default: it does not."""
     teachers: Annotated[dict[str, Teachers], BeforeValidator(experts_or_mapping)] = {}
     """Who teaches a domain other than its own expert (`experts`: nobody). Several teach every sample together: their
     divergences are averaged by their weights."""

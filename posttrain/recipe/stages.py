@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from posttrain.recipe.conversations import ConversationsConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
-from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping
+from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping, first_untaught
 
 
 class OptimizerConfig(Section):
@@ -251,6 +251,9 @@ class OpdStage(Section):
             raise _wrong("init_scale", f"is for `init: task_arithmetic`; {self.init} has no scale")
         if self.top_k is not None and self.divergence in ("sampled_token", "fixed_negative"):
             raise _wrong("top_k", f"{self.divergence} looks at the sampled token only; leave it out")
+        for domain, teachers in self.teachers.items():
+            if (step := first_untaught(teachers, self.steps)) is not None:
+                raise _wrong(f"teachers.{domain}", f"nobody teaches in step {step} of {self.steps}")
         return self
 
     def teachers_of(self, domain: str) -> list[TeacherConfig]:

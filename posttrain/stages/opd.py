@@ -48,7 +48,7 @@ def teachers_by_domain(work: Work, config: OpdStage, experts: dict[str, Path]) -
     for domain in work.recipe.domains:
         teachers = [
             Teacher(teacher.name, str(experts[teacher.expert]) if teacher.expert else str(teacher.checkpoint),
-                    teacher.weight, outside=teacher.expert is None)
+                    teacher.weight, teacher.expert is None, teacher.first_step, teacher.last_step)
             for teacher in config.teachers_of(domain)
             if teacher.expert is None or teacher.expert in experts
         ]  # fmt: skip

@@ -19,7 +19,7 @@ from posttrain.observe.page.pipeline import pipeline_section
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.recipe.graph import stage_tree
 from posttrain.rundir import RunDirectory
-from posttrain.stages.warm_start import expert_rows
+from posttrain.stages.warm_start import answering, expert_rows
 from posttrain.stages.work import Work
 from rollouts.types import Completion, FinishedGroup, GroupRequest
 from tests.recipe_kit import recipe_with, write_recipe
@@ -97,6 +97,17 @@ def test_each_domains_prompts_are_answered_by_its_own_expert_in_its_share(tmp_pa
     assert len({request.id for request in engines.asked}) == 20
     places = {(request.sampling.seed, request.index) for request in engines.asked}
     assert len(places) == 20, "a prompt that comes again is answered with other random numbers"
+
+
+def test_answers_come_from_the_runs_own_teacher_of_the_most_weight(tmp_path: Path) -> None:
+    listed = [{"expert": "sums"}, {"expert": "words", "weight": 2}, {"checkpoint": "s3://b/large", "weight": 9}]
+    recipe = Recipe.model_validate(recipe_with(SETTINGS | {"stages.student.teachers": {"words": listed}}))
+    work: Any = SimpleNamespace(recipe=recipe)
+    assert recipe.stages.student is not None
+    experts = {"sums": Path("/s"), "words": Path("/w")}
+    assert answering(work, recipe.stages.student, experts) == experts
+    assert answering(work, recipe.stages.student, {"sums": Path("/s")}) == {"sums": Path("/s"), "words": Path("/s")}
+    assert answering(work, recipe.stages.student, {}) == {}, "the checkpoint from elsewhere is no engine's"
 
 
 def test_what_a_dropped_expert_would_have_taught_is_left_out(tmp_path: Path) -> None:

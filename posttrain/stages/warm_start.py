@@ -10,6 +10,7 @@ from posttrain.errors import RunFailed
 from posttrain.recipe.stages import OpdStage, WarmStart
 from posttrain.stages.episodes import episodes_of
 from posttrain.stages.grpo import draw, prompts_of
+from posttrain.stages.opd import teachers_by_domain
 from posttrain.stages.work import Work
 from posttrain.trainers.generation import derive_seed
 from posttrain.trainers.jobs import Prompt, SftJob
@@ -22,7 +23,7 @@ Row = dict[str, list[int]]
 
 
 def run_warm_start(work: Work, name: str, config: OpdStage, start: Path, experts: Mapping[str, Path]) -> Path:
-    """Sample answers from each domain's expert and train on those that came to an end; returns the checkpoint.
+    """Sample answers from each domain's teacher and train on those that came to an end; returns the checkpoint.
 
     Every domain has its share of the prompts, as in the distillation. This is off-policy: the student sees the experts'
     prefixes and not its own.
@@ -31,10 +32,19 @@ def run_warm_start(work: Work, name: str, config: OpdStage, start: Path, experts
     assert warm_start is not None
 
     def job(output: str) -> SftJob:
-        rows = expert_rows(work, name, config, warm_start, experts)
+        rows = expert_rows(work, name, config, warm_start, answering(work, config, experts))
         return SftJob(stage=name, config=warm_start, checkpoint=str(start), output=output, rows=rows)
 
     return work.stage(name, warm_start.steps, lambda output: work.cluster.trainers[0].sft.remote(job(output)))
+
+
+def answering(work: Work, config: OpdStage, experts: Mapping[str, Path]) -> dict[str, Path]:
+    """Whose answers a domain is learned from: of its teachers that the run has trained, the one of the most weight."""
+    found = {}
+    for domain, teachers in teachers_by_domain(work, config, dict(experts)).items():
+        if own := [teacher for teacher in teachers if not teacher.outside]:
+            found[domain] = Path(max(own, key=lambda teacher: teacher.weight).checkpoint)
+    return found
 
 
 def expert_rows(

@@ -75,7 +75,7 @@ class Asking:
         taught = []
         for _, members in groupby(groups, key=lambda group: group.prompt.domain):
             own = list(members)
-            taught.append(self._ahead.pop(_ids(own), None) or self._send(own))
+            taught.append(self._ahead.get(_ids(own)) or self._send(own))
         total = sum(one.samples for one in taught)
         for one in taught:
             self.progress.add(f"completion_length/{one.domain}", one.length)

@@ -59,9 +59,11 @@ class Comparison:
         return self.student.steps * self.student.batch_size
 
     def output(self, arm: str) -> Path:
-        """Where an arm's checkpoint belongs; nothing lies there yet."""
-        path = self.work.run.checkpoint_path(f"arm/{arm}")
+        """Where an arm's checkpoint belongs; nothing lies there any more, and nothing is known of what did."""
+        path, measured = self.work.run.checkpoint_path(f"arm/{arm}"), self.work.measured
         shutil.rmtree(path, ignore_errors=True)
+        for key in [key for key in measured if key[0] == str(path)]:
+            del measured[key]
         return path
 
     def run(self, arm: str) -> dict[str, Any]:

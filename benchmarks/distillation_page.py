@@ -69,14 +69,11 @@ def mean_accuracy(accuracy: Mapping[str, Any]) -> float:
 
 
 def kept(results: Mapping[str, Any], run: Mapping[str, Any]) -> float:
-    """The lowest share of an expert's accuracy that a student has in that expert's domain; NaN of experts at 0."""
+    """The lowest share of an expert's accuracy that a student has in that expert's domain; of experts above 0."""
     experts = results["references"][str(run["seed"])]["accuracy"]
-    shares = [
-        one["pass@1"] / best if (best := experts[domain][domain]["pass@1"]) else math.nan
-        for domain, one in run["accuracy"].items()
-        if domain in experts
-    ]
-    return min(shares)
+    best = {domain: experts[domain][domain]["pass@1"] for domain in run["accuracy"] if domain in experts}
+    shares = [run["accuracy"][domain]["pass@1"] / share for domain, share in best.items() if share]
+    return min(shares, default=math.nan)
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -22,10 +22,17 @@ def warm_base(recipe: Recipe, domain: str) -> Iterator[tuple[Work, Path]]:
     """Start the recipe's actors in a run directory of their own, and train its base stage on one domain."""
     with tempfile.TemporaryDirectory(prefix="warm-base-") as directory:
         run = RunDirectory.create(directory, None, recipe)
-        domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
-        initial = initial_checkpoint(recipe, run, tokenizer)
-        describe_engine(recipe, initial, run.path / "engine")
-        with start_cluster(recipe, run.path / "engine", run.path) as cluster:
-            work = Work(recipe, run, domains, tokenizer, cluster)
+        with working(run) as (work, initial):
             assert recipe.stages.base is not None
             yield work, run_sft(work, "base", recipe.stages.base, [domain], initial)
+
+
+@contextmanager
+def working(run: RunDirectory) -> Iterator[tuple[Work, Path]]:
+    """Start the actors of a run, without live view and report; its work and the initial checkpoint."""
+    recipe = run.recipe
+    domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
+    initial = initial_checkpoint(recipe, run, tokenizer)
+    describe_engine(recipe, initial, run.path / "engine")
+    with start_cluster(recipe, run.path / "engine", run.path) as cluster:
+        yield Work(recipe, run, domains, tokenizer, cluster), initial

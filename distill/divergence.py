@@ -109,6 +109,8 @@ class TeacherReport:
     top1_agreement: float
     student_entropy: float
     teacher_entropy: float
+    reverse_kl: float
+    """KL(student || teacher) at temperature 1, whatever the objective: what different objectives can be compared by."""
 
 
 def one_head_at_a_time(
@@ -188,6 +190,7 @@ def _term(
     models = rows_NH, head_VH, teacher_NG, teacher_head_VG
     with torch.no_grad():
         found = gradients(objective, models, weights_N, tokens_N, grad_head_VH)
+        reverse_N = found.value_N if objective == Objective() else linear_divergence("reverse_kl", *models)[0]
     report = TeacherReport(
         name=teacher.name,
         tokens=len(rows_NH),
@@ -195,5 +198,6 @@ def _term(
         top1_agreement=found.same_top_N.float().mean().item(),
         student_entropy=found.student_entropy_N.mean().item(),
         teacher_entropy=found.teacher_entropy_N.mean().item(),
+        reverse_kl=reverse_N.mean().item(),
     )
     return report, found.student_gradient_NH, found.head_gradient_VH

@@ -71,6 +71,11 @@ class TeacherPool:
         """A function that copies the teacher's head out of the object store, where it stays for the stage."""
         return partial(self._head, teacher)
 
+    def release(self, teacher: str) -> None:
+        """The teacher is not asked any more: its head may go from the object store."""
+        self._heads.pop(teacher, None)
+        self._owners.pop(teacher, None)
+
     def take_work(self) -> dict[str, TeacherWork]:
         """What the states that were read since the last call have cost, by teacher."""
         work, self._work = self._work, {}

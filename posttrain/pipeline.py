@@ -12,6 +12,7 @@ from posttrain.errors import RunFailed
 from posttrain.evaluation import evaluate_checkpoint
 from posttrain.observe.status import final_table
 from posttrain.recipe import Recipe
+from posttrain.recipe.schema import WARM_START
 from posttrain.recipe.stages import SftStage
 from posttrain.rundir import RunDirectory
 from posttrain.session import session
@@ -21,6 +22,7 @@ from posttrain.stages.merge import student_start
 from posttrain.stages.opd import run_opd
 from posttrain.stages.sft import run_sft
 from posttrain.stages.side_by_side import side_by_side
+from posttrain.stages.warm_start import run_warm_start
 from posttrain.stages.work import Work
 
 __all__ = ["evaluate_checkpoint", "resume", "run"]
@@ -95,6 +97,10 @@ def distil(work: Work, base: Path, experts: dict[str, Path]) -> Path:
         raise RunFailed("no expert passed its gate: there is nothing to distil")
     config = work.recipe.stages.student
     assert config is not None
-    student = run_opd(work, "student", config, student_start(work, config, base, experts), experts)
+    start = student_start(work, config, base, experts)
+    if config.warm_start is not None:
+        start = run_warm_start(work, WARM_START, config, start, experts)
+        evaluate(work, WARM_START, start)
+    student = run_opd(work, "student", config, start, experts)
     evaluate(work, "student", student)
     return student

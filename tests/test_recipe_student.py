@@ -53,6 +53,14 @@ def test_teachers_may_be_other_experts_and_checkpoints(tmp_path: Path) -> None:
         ({"init": "average", "init_scale": 0.5}, r"stages.student.init_scale: is for `init: task_arithmetic`"),
         ({"jsd_beta": 0.5}, r"stages.student.jsd_beta: is for `divergence: jsd`"),
         ({"divergence": "sampled_token", "top_k": 8}, r"stages.student.top_k: sampled_token looks at the sampled"),
+        (
+            {"teachers": {"sums": [{"expert": "sums", "first_step": 5, "last_step": 4}]}},
+            r"teachers.sums\[0\].last_step: must not be before first_step, which is 5",
+        ),
+        (
+            {"teachers": {"sums": [{"expert": "sums", "last_step": 4}, {"expert": "words", "first_step": 6}]}},
+            r"stages.student.teachers.sums: nobody teaches in step 5 of 10",
+        ),
         ({"guards": {"patience": 4}}, r"stages.student.guards: there is nothing to guard"),
         ({"guards": {"length_ratio": 1}}, r"stages.student.guards.length_ratio: must be more than 1"),
     ],

@@ -36,6 +36,7 @@ class LocalTeachers:
         self.worker = TeacherWorker(family, budget_bytes=1 << 30)
         self.asked: list[tuple[str, Sequence[Sequence[int]]]] = []
         self.work: dict[str, TeacherWork] = {}
+        self.released: list[str] = []
 
     def examine(self, teachers: Sequence[str], canary: Canary, outside: Sequence[str]) -> None:
         for teacher in teachers:
@@ -54,6 +55,9 @@ class LocalTeachers:
 
     def head(self, teacher: str) -> Callable[[], Tensor]:
         return lambda: self.worker.head(teacher).tensor().clone()
+
+    def release(self, teacher: str) -> None:
+        self.released.append(teacher)
 
     def take_work(self) -> dict[str, TeacherWork]:
         work, self.work = self.work, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.recipe import Recipe
+from posttrain.recipe.schema import WARM_START
 
 
 def step_seconds(records: list[dict[str, Any]], stage: str) -> float | None:
@@ -39,7 +40,8 @@ def estimated_seconds(recipe: Recipe, report: dict[str, Any], records: list[dict
     for domain in recipe.domains:
         slots.sort()
         slots[0] += sum(missing[f"expert/{domain}/{stage.kind}"] for stage in recipe.expert_stages(domain))
-    return report["wall_seconds"] + missing["base"] + max(slots) + missing.get("student", 0.0)
+    student = missing.get(WARM_START, 0.0) + missing.get("student", 0.0)
+    return report["wall_seconds"] + missing["base"] + max(slots) + student
 
 
 def _missing_seconds(recipe: Recipe, name: str, records: list[dict[str, Any]]) -> float:
@@ -52,8 +54,9 @@ def _missing_seconds(recipe: Recipe, name: str, records: list[dict[str, Any]]) -
 
 
 def _steps(recipe: Recipe, name: str) -> int:
-    if name in ("base", "student"):
-        stage = recipe.stages.base if name == "base" else recipe.stages.student
+    by_key = recipe.stages_by_key()
+    if name in ("base", "student", WARM_START):
+        stage = by_key.get("student.warm_start" if name == WARM_START else name)
         return stage.steps if stage is not None else 0
     _, domain, kind = name.split("/")
     return next(stage.steps for stage in recipe.expert_stages(domain) if stage.kind == kind)

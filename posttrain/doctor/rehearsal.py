@@ -46,7 +46,8 @@ def shortened(recipe: Recipe) -> Recipe:
     stages = document["stages"]
     experts = stages["experts"]
     lists = [experts["per_domain"], *experts["overrides"].values()]
-    for stage in (stages["base"], stages["student"], *chain.from_iterable(lists)):
+    warm_start = (stages["student"] or {}).get("warm_start")
+    for stage in (stages["base"], stages["student"], warm_start, *chain.from_iterable(lists)):
         if stage is not None:
             stage["steps"] = min(stage["steps"], STEPS)
     experts["gate"]["action"] = "warn"

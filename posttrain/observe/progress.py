@@ -19,6 +19,7 @@ from rich.text import Text
 
 from posttrain.observe.metrics import MetricsFollower, Record
 from posttrain.observe.runview import STATUS_MARKS, RunView, StageView, record_time
+from posttrain.observe.teachers import teacher_lines
 from posttrain.observe.words import duration, number, percent
 
 POLL_SECONDS = 0.5
@@ -183,7 +184,14 @@ def live_table(view: RunView, now: float, width: int, slots: int = 1) -> Table:
     The accuracy is the held-out pass@1 in an expert's own domain, of other models the mean over the domains.
     """
     table = Table(
-        title=_headline(view, now, slots), title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0)
+        title=_headline(view, now, slots),
+        title_justify="left",
+        title_style="",
+        caption=teacher_lines(view),
+        caption_justify="left",
+        caption_style="dim",
+        box=None,
+        padding=(0, 2, 0, 0),
     )
     table.add_column("stage", no_wrap=True)
     names = ["step", "steps/s", "ETA", "loss", "reward", "KL", "accuracy", "time"]

@@ -14,6 +14,7 @@ from posttrain.observe.intervals import binomial_interval
 from posttrain.observe.metrics import Record, plain_json, read_metrics
 from posttrain.observe.page import render_page
 from posttrain.observe.runview import RunView, StageView, is_number
+from posttrain.observe.teachers import distances, work
 from posttrain.recipe import read_recipe
 
 SCHEMA = 1
@@ -71,6 +72,7 @@ def _report(run_dir: Path, recipe: dict[str, Any], view: RunView) -> Report:
         "hooks": [_without_time(event) for event in view.events.get("hook", [])],
         "gates": [_without_time(event) for event in view.events.get("gate", [])],
         "rollout": _rollout(view),
+        "teachers": _teachers(view.stages.get("student")),
         "resources": _resources(view.events.get("resources", [])),
         "stages": _stages(view),
         "environment": _environment(view.events.get("run_started", [])),
@@ -182,6 +184,11 @@ def _sampled(stage: StageView | None) -> dict[str, float]:
         return {}
     tokens = sum(metrics["tokens_per_second"] * metrics["seconds_step"] for metrics in steps)
     return {"tokens": round(tokens), "seconds": sum(metrics["seconds_generate"] for metrics in steps)}
+
+
+def _teachers(student: StageView | None) -> dict[str, Any]:
+    """How far the student is from its teachers (means over its last steps), and what each teacher did."""
+    return {"domains": distances(student), "work": work(student)} if student else {"domains": [], "work": []}
 
 
 def _resources(events: list[Record]) -> dict[str, Any]:

@@ -63,5 +63,5 @@ class EvaluationHook(Section):
 
     def wants(self, model: str) -> bool:
         """Whether the model of that stage is evaluated."""
-        kind: Models = "base" if model == "base" else "student" if model == "student" else "experts"
+        kind: Models = "base" if model == "base" else "student" if model.startswith("student") else "experts"
         return kind in self.after

@@ -13,7 +13,7 @@ from posttrain.recipe.domains import (
     ReasoningGymSource,
 )
 from posttrain.recipe.evaluation import EvaluationHook
-from posttrain.recipe.schema import Recipe
+from posttrain.recipe.schema import WARM_START, Recipe
 from posttrain.recipe.stages import GateConfig, GrpoStage, SftStage
 from posttrain.recipe.student import TeacherConfig
 
@@ -29,6 +29,8 @@ def stage_tree(recipe: Recipe) -> Tree:
         parent.add(_gate(recipe.stages.experts.gate, domain))
     student = recipe.stages.student
     if student is not None:
+        if student.warm_start is not None:
+            base.add(Text(f"{WARM_START}: {_steps(student.warm_start)} that the experts answered"))
         steps = f"{student.steps:,} steps of {student.batch_size:,} samples of its own"
         node = base.add(Text(f"student: {student.divergence}, {steps}"))
         for name in recipe.domains:

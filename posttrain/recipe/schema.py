@@ -20,6 +20,8 @@ from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage, StagesConfig
 
+WARM_START = "student/sft"
+"""The name of the stage before the student's own, for recipes that have it."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """Names of recipes and runs: they become directories."""
 
@@ -139,7 +141,7 @@ class Recipe(Section):
 
     def sft_stages(self) -> dict[str, SftStage]:
         """All SFT stages, under their keys."""
-        stages = {"base": self.stages.base, **self._experts_by_key()}
+        stages = self.stages_by_key()
         return {f"stages.{key}": stage for key, stage in stages.items() if isinstance(stage, SftStage)}
 
     def _experts_by_key(self) -> dict[str, SftStage | GrpoStage]:
@@ -156,13 +158,18 @@ class Recipe(Section):
 
     def stages_by_key(self) -> dict[str, SftStage | GrpoStage | OpdStage]:
         """The stages as they are written, under their keys below `stages`."""
-        stages = {"base": self.stages.base, "student": self.stages.student, **self._experts_by_key()}
+        student = self.stages.student
+        warm_start = student.warm_start if student is not None else None
+        ours = {"base": self.stages.base, "student": student, "student.warm_start": warm_start}
+        stages = {**ours, **self._experts_by_key()}
         return {key: stage for key, stage in stages.items() if stage is not None}
 
     def stage_names(self) -> list[str]:
         """The stages in the order in which they can run; also the names of the models that they give."""
         experts = [f"expert/{domain}/{stage.kind}" for domain in self.domains for stage in self.expert_stages(domain)]
-        return ["base", *experts, *(["student"] if self.stages.student else [])]
+        student = self.stages.student
+        warm_start = [WARM_START] if student is not None and student.warm_start is not None else []
+        return ["base", *experts, *warm_start, *(["student"] if student is not None else [])]
 
     def expert_stages(self, domain: str) -> list[SftStage | GrpoStage]:
         """The stages that grow the expert of `domain`, in order."""

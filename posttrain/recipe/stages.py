@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from posttrain.recipe.conversations import ConversationsConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
-from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping
+from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping, first_untaught
 
 
 class OptimizerConfig(Section):
@@ -183,6 +183,19 @@ class GrpoStage(Section):
         return self
 
 
+class WarmStart(SftStage):
+    """Supervised fine-tuning of the student on answers that the experts sampled, before the distillation."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Of the experts' sampling."""
+
+    @model_validator(mode="after")
+    def _from_experts(self) -> WarmStart:
+        if self.conversations is not None:
+            raise _wrong("conversations", "a warm start learns from the experts' answers; leave it out")
+        return self
+
+
 class OpdStage(Section):
     """On-policy distillation (V4 report eq. 29): the student samples, the sample's expert teaches."""
 
@@ -192,6 +205,8 @@ class OpdStage(Section):
     the sum of what each expert changed."""
     init_scale: float | None = Field(None, gt=0)
     """With `task_arithmetic`; default: 1 / the number of experts, which is `average`."""
+    warm_start: WarmStart | None = None
+    """Before it samples itself, the student learns from answers of the experts; default: it does not."""
     teachers: Annotated[dict[str, Teachers], BeforeValidator(experts_or_mapping)] = {}
     """Who teaches a domain other than its own expert (`experts`: nobody). Several teach every sample together: their
     divergences are averaged by their weights."""
@@ -236,6 +251,9 @@ class OpdStage(Section):
             raise _wrong("init_scale", f"is for `init: task_arithmetic`; {self.init} has no scale")
         if self.top_k is not None and self.divergence in ("sampled_token", "fixed_negative"):
             raise _wrong("top_k", f"{self.divergence} looks at the sampled token only; leave it out")
+        for domain, teachers in self.teachers.items():
+            if (step := first_untaught(teachers, self.steps)) is not None:
+                raise _wrong(f"teachers.{domain}", f"nobody teaches in step {step} of {self.steps}")
         return self
 
     def teachers_of(self, domain: str) -> list[TeacherConfig]:

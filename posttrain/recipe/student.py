@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -17,17 +18,47 @@ class TeacherConfig(Section):
     """A directory, or any URL that fsspec reads (`s3://...`)."""
     weight: float = Field(1.0, gt=0)
     """Against the domain's other teachers."""
+    first_step: int = Field(1, ge=1)
+    last_step: int | None = Field(None, ge=1)
+    """It teaches from the one step to the other, both included; default: to the end. So teachers come, go, and take
+    each other's places."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
         if (self.expert is None) == (self.checkpoint is None):
             raise wrong("", "give exactly one of `expert` (a domain's name) and `checkpoint` (a directory or a URL)")
+        if self.last_step is not None and self.last_step < self.first_step:
+            raise wrong("last_step", f"must not be before first_step, which is {self.first_step}")
         return self
 
     @property
     def name(self) -> str:
         """In metrics: the expert's domain, or the last part of the checkpoint's place."""
         return self.expert or str(self.checkpoint).rstrip("/").rpartition("/")[2]
+
+
+class InTurn(Protocol):
+    """A teacher of some steps."""
+
+    @property
+    def first_step(self) -> int: ...
+
+    @property
+    def last_step(self) -> int | None: ...
+
+
+One = TypeVar("One", bound=InTurn)
+
+
+def teaching(teachers: Iterable[One], step: int) -> list[One]:
+    """Those that teach in a step (from 1)."""
+    return [one for one in teachers if one.first_step <= step <= (one.last_step or step)]
+
+
+def first_untaught(teachers: Iterable[InTurn], steps: int) -> int | None:
+    """The first of `steps` steps that nobody teaches in; None if there is none."""
+    known = list(teachers)
+    return next((step for step in range(1, steps + 1) if not teaching(known, step)), None)
 
 
 Teachers = Annotated[list[TeacherConfig], Field(min_length=1)]

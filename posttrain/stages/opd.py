@@ -15,30 +15,34 @@ from posttrain.trainers.jobs import OpdJob, Teacher
 def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path]) -> Path:
     """The student samples on every domain; each sample is taught by its domain's expert. Returns the checkpoint."""
 
-    def job(output: str) -> OpdJob:
-        teachers = teachers_by_domain(work, config, experts)
-        problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in teachers}
-        everything = [problem for group in problems.values() for problem in group]
-        return OpdJob(
-            stage=name,
-            config=config,
-            checkpoint=str(start),
-            output=output,
-            prompts={domain: prompts_of(work, group) for domain, group in problems.items()},
-            teachers=teachers,
-            max_new_tokens={domain: work.recipe.domains[domain].longest_completion for domain in teachers},
-            reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
-            rollout=work.recipe.rollout,
-            first_version=first_version(work, name),
-            episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), everything),
-        )
-
     cluster, client = work.cluster, work.cluster.client()
     return work.stage(
         name,
         config.steps,
-        lambda output: cluster.trainers[0].opd.remote(job(output), client, cluster.teachers()),
+        lambda output: cluster.trainers[0].opd.remote(
+            opd_job(work, name, config, start, experts, output), client, cluster.teachers()
+        ),
         client,
+    )
+
+
+def opd_job(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path], output: str) -> OpdJob:
+    """What the trainer is asked to do."""
+    teachers = teachers_by_domain(work, config, experts)
+    problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in teachers}
+    everything = [problem for group in problems.values() for problem in group]
+    return OpdJob(
+        stage=name,
+        config=config,
+        checkpoint=str(start),
+        output=output,
+        prompts={domain: prompts_of(work, group) for domain, group in problems.items()},
+        teachers=teachers,
+        max_new_tokens={domain: work.recipe.domains[domain].longest_completion for domain in teachers},
+        reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything, name, work.run.metrics),
+        rollout=work.recipe.rollout,
+        first_version=first_version(work, name),
+        episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), everything),
     )
 
 
@@ -48,7 +52,7 @@ def teachers_by_domain(work: Work, config: OpdStage, experts: dict[str, Path]) -
     for domain in work.recipe.domains:
         teachers = [
             Teacher(teacher.name, str(experts[teacher.expert]) if teacher.expert else str(teacher.checkpoint),
-                    teacher.weight, outside=teacher.expert is None)
+                    teacher.weight, teacher.expert is None, teacher.first_step, teacher.last_step)
             for teacher in config.teachers_of(domain)
             if teacher.expert is None or teacher.expert in experts
         ]  # fmt: skip

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -129,6 +130,9 @@ class RolloutGeneration:
     first_version: int = 0
     informs: Callable[[Sequence[Group]], Sequence[bool]] | None = None
     """Judges finished groups: whether anything can be learned from each. Without it that is so of all."""
+    domain_finished: Callable[[Sequence[Group]], None] | None = None
+    """Is told of a domain's part of the next batch when the last of its groups is finished, while those of the domains
+    behind it still run; not when updates are in flight, where a batch is whatever finishes first."""
     keep_routing: bool = False
     """Have the engines return the experts that tokens went to, for the trainer to use the same."""
     top_p: float = 1.0
@@ -342,6 +346,19 @@ class RolloutGeneration:
 
     def _receive(self, count: int) -> list[Group]:
         """Wait for `count` of the groups that were asked for: any when updates are in flight, else the oldest."""
+        if self.domain_finished is None or self._in_flight:
+            return self._collect(count)
+        groups: list[Group] = []
+        asked = [group.prompt.domain for group in self._pending.values()][:count]
+        for _, members in groupby(asked):
+            found = self._collect(len(list(members)))
+            groups += found
+            if whole := [group for group in found if group.failure is None]:
+                self.domain_finished(whole)
+        return groups
+
+    def _collect(self, count: int) -> list[Group]:
+        """As `_receive`, all at once."""
         started = time.perf_counter()
         ids = None if self._in_flight else list(self._pending)[:count]
         finished = self.client.collect(count, ids)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
+from posttrain.recipe.student import teaching
 
 if TYPE_CHECKING:
     from rollouts.environments import Episodes
@@ -80,6 +81,9 @@ class Teacher:
     """Against the domain's other teachers."""
     outside: bool = False
     """It was not trained by this run: it is looked at more closely (`distill.canary`)."""
+    first_step: int = 1
+    last_step: int | None = None
+    """It teaches from the one to the other, both included; None: to the end."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,15 @@ class OpdJob:
     first_version: int = 0
     episodes: Episodes | None = None
 
-    def teachers_of(self, domain: str) -> Sequence[Teacher]:
-        """Who teaches a domain."""
+    def teachers_of(self, domain: str, step: int | None = None) -> Sequence[Teacher]:
+        """Who teaches a domain in a step (from 1); None: in any."""
         found = self.teachers[domain]
-        return [Teacher(domain, found)] if isinstance(found, str) else found
+        teachers = [Teacher(domain, found)] if isinstance(found, str) else found
+        return teachers if step is None else teaching(teachers, step)
+
+    def all_teachers(self) -> list[Teacher]:
+        """Of all domains."""
+        return [teacher for domain in sorted(self.prompts) for teacher in self.teachers_of(domain)]
 
 
 @dataclass

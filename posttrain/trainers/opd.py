@@ -14,11 +14,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.canary import Canary, end_tokens, vocabulary_digest
 from distill.divergence import TeacherReport, TeacherRows, one_head_at_a_time
 from distill.objective import Objective
-from distill.store import TeacherWork
 from posttrain.errors import BadInput
 from posttrain.optim import build_optimizer
 from posttrain.recipe.stages import OpdStage
+from posttrain.recipe.student import first_untaught
+from posttrain.trainers.asking import Asking, Taught, Teachers
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.grpo import placeholders
-from posttrain.trainers.jobs import OpdJob, Reward, Teacher
+from posttrain.trainers.jobs import OpdJob, Reward
 from posttrain.trainers.mismatch import LogprobDifference
 from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
 from posttrain.trainers.models import distillation_obstacle
@@ -48,29 +48,13 @@ CANARY_PROMPTS = 4
 """Of each domain: what every teacher is tried on."""
 
 
-class Teachers(Protocol):
-    """The teachers' side (`distill.pool.TeacherPool`). A teacher is named by its checkpoint: a directory or a URL."""
+class Learned(NamedTuple):
+    """What was learned of a domain in a step, means over its tokens, over its teachers by their weights."""
 
-    def examine(self, teachers: Sequence[str], canary: Canary, outside: Sequence[str]) -> None: ...
-
-    def hidden_states(
-        self, teacher: str, sequences: Sequence[Sequence[int]], kept: Sequence[int], dtype: str | None
-    ) -> Callable[[], Tensor]: ...
-
-    def head(self, teacher: str) -> Callable[[], Tensor]: ...
-
-    def take_work(self) -> dict[str, TeacherWork]: ...
-
-
-@dataclass
-class Taught:
-    """A domain's part of a batch, on its way to its teachers."""
-
-    domain: str
     tokens: int
-    length: float
-    """Mean, of an answer."""
-    states: list[tuple[Teacher, Callable[[], Tensor]]]
+    divergence: float
+    reverse_kl: float
+    entropy: float
 
 
 class OpdTrainer(OnPolicyTrainer):
@@ -78,6 +62,7 @@ class OpdTrainer(OnPolicyTrainer):
 
     job: OpdJob
     teachers: Teachers
+    asking: Asking
     rollouts: RolloutGeneration
     progress: Progress
     difference: LogprobDifference
@@ -86,26 +71,7 @@ class OpdTrainer(OnPolicyTrainer):
 
     def batch_generated(self, inputs: Sequence[Batch]) -> None:
         """Send every sample to its teachers: they work while the student's own forward pass runs."""
-        samples = self.rollouts.samples
-        self._taught: list[Taught] = []
-        self._sent = time.perf_counter()
-        first = 0
-        for domain, members in groupby(inputs, key=lambda row: row["domain"]):
-            rows = list(members)
-            completions = [sample.token_ids for sample in samples[first : first + len(rows)]]
-            first += len(rows)
-            kept = [len(tokens) for tokens in completions]
-            sequences = [row["prompt"] + tokens for row, tokens in zip(rows, completions, strict=True)]
-            dtype = self.job.config.hidden_dtype
-            states = [
-                (teacher, self.teachers.hidden_states(teacher.checkpoint, sequences, kept, dtype))
-                for teacher in self.job.teachers_of(domain)
-            ]
-            sampled = [sum(sample.loss_mask) for sample in samples[first - len(rows) : first]]
-            length = sum(sampled) / len(sampled)
-            self._taught.append(Taught(domain, sum(kept), length, states))
-            self.progress.add(f"completion_length/{domain}", length)
-            self.progress.add(f"share/{domain}", len(rows) / len(inputs))
+        self._taught = self.asking.batch_finished(self.rollouts.groups)
         if self.job.reward is not None:
             self._score(self.job.reward, inputs)
 
@@ -170,36 +136,28 @@ class OpdTrainer(OnPolicyTrainer):
             self.progress.add(f"top1_agreement/{report.name}", report.top1_agreement)
             self.progress.add(f"entropy/{report.name}", report.student_entropy)
             self.progress.add(f"teacher_entropy/{report.name}", report.teacher_entropy)
-        self._report_work()
+        self.asking.batch_learned()
         remaining = iter(reports)
-        domains: dict[str, tuple[int, float, float]] = {}
+        domains: dict[str, Learned] = {}
         for taught, weights in self._learned:
             own = [next(remaining) for _ in weights]
-            divergence = sum(weight * report.divergence for weight, report in zip(weights, own, strict=True))
-            domains[taught.domain] = own[0].tokens, divergence, own[0].student_entropy
+            pairs = list(zip(weights, own, strict=True))
+            divergence = sum(weight * report.divergence for weight, report in pairs)
+            reverse_kl = sum(weight * report.reverse_kl for weight, report in pairs)
+            domains[taught.domain] = Learned(own[0].tokens, divergence, reverse_kl, own[0].student_entropy)
             if len(own) > 1:
                 self.progress.add(f"kl/{taught.domain}", divergence)
                 self.progress.add(f"entropy/{taught.domain}", own[0].student_entropy)
         for taught in self._taught:
-            entropy = domains[taught.domain][2] if taught.domain in domains else None
+            entropy = domains[taught.domain].entropy if taught.domain in domains else None
             self.guards.check(taught.domain, entropy, taught.length)
-        self.mixing.learned({domain: divergence for domain, (_, divergence, _) in domains.items()})
+        self.mixing.learned({domain: one.divergence for domain, one in domains.items()})
         if domains:  # not all of them too old to learn from
-            tokens = sum(tokens for tokens, _, _ in domains.values())
-            self.progress.add("kl", sum(divergence * tokens for tokens, divergence, _ in domains.values()) / tokens)
-        return sum(entropy * tokens for tokens, _, entropy in domains.values())
-
-    def _report_work(self) -> None:
-        """What the teachers did since the batch was sent to them."""
-        names = {teacher.checkpoint: teacher.name for taught in self._taught for teacher, _ in taught.states}
-        elapsed = time.perf_counter() - self._sent
-        for checkpoint, work in self.teachers.take_work().items():
-            name = names[checkpoint]
-            self.progress.add(f"seconds_teacher/{name}", work.seconds_compute)
-            self.progress.add(f"seconds_teacher_load/{name}", work.seconds_load + work.seconds_swap)
-            self.progress.add(f"teacher_bytes_loaded/{name}", work.bytes_loaded)
-            self.progress.add(f"teacher_bytes_returned/{name}", work.bytes_returned)
-            self.progress.add(f"teacher_busy/{name}", work.seconds_compute / elapsed)
+            tokens = sum(one.tokens for one in domains.values())
+            self.progress.add("kl", sum(one.divergence * one.tokens for one in domains.values()) / tokens)
+            if objective_of(self.job.config) != Objective():
+                self.progress.add("reverse_kl", sum(one.reverse_kl * one.tokens for one in domains.values()) / tokens)
+        return sum(one.entropy * one.tokens for one in domains.values())
 
     def _score(self, reward: Reward, inputs: Sequence[Batch]) -> None:
         samples = self.rollouts.samples
@@ -249,6 +207,7 @@ def train_opd(
     """
     check_teachers(model, tokenizer, job, teachers)
     config, domains = job.config, sorted(job.prompts)
+    asking = Asking(job, teachers, progress)
     mixing = Mixing(config, domains, progress)
     rows = ordered_by_teacher(job.prompts, mixing.shares, config.steps, config.batch_size, seed)
     generation = RolloutGeneration(
@@ -263,6 +222,7 @@ def train_opd(
         progress=progress,
         rollout=job.rollout,
         first_version=job.first_version,
+        domain_finished=asking.domain_finished,
     )
     longest = max(job.max_new_tokens[domain] for domain in domains)
     with (
@@ -279,7 +239,7 @@ def train_opd(
             optimizers=build_optimizer(model, config.optimizer, config.steps),
             callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
-        trainer.job, trainer.teachers, trainer.progress = job, teachers, progress
+        trainer.job, trainer.teachers, trainer.asking, trainer.progress = job, teachers, asking, progress
         trainer.mixing, trainer.guards = mixing, Guards(config.guards, job.stage, progress)
         trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
         trainer.train()
@@ -307,9 +267,12 @@ def check_teachers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, j
     missing = sorted(set(job.prompts) - set(job.teachers))
     if missing:
         raise BadInput(f"stage {job.stage}: no teacher for the domains {missing}; there are {sorted(job.teachers)}")
+    for domain in sorted(job.prompts):
+        if (step := first_untaught(job.teachers_of(domain), job.config.steps)) is not None:
+            raise BadInput(f"stage {job.stage}: nobody teaches {domain} in step {step}; was its teacher dropped?")
     if problem := distillation_obstacle(model):
         raise BadInput(f"stage {job.stage}: {problem}")
-    used = [teacher for domain in sorted(job.prompts) for teacher in job.teachers_of(domain)]
+    used = job.all_teachers()
     canary = Canary(
         prompts=[prompt.token_ids for domain in sorted(job.prompts) for prompt in job.prompts[domain][:CANARY_PROMPTS]],
         vocabulary=model.get_output_embeddings().weight.size(0),

@@ -16,6 +16,7 @@ from posttrain.observe.page.parts import absent, section
 from posttrain.observe.page.pipeline import pipeline_section
 from posttrain.observe.page.rollout import rollout_section
 from posttrain.observe.page.style import STYLE
+from posttrain.observe.page.teachers import teachers_section
 from posttrain.observe.runview import RunView
 from posttrain.observe.words import duration, number, percent, size
 from posttrain.recipe.document import RecipeDumper
@@ -34,6 +35,7 @@ def render_page(report: dict[str, Any], view: RunView) -> str:
         pipeline_section(report, domains),
         accuracy_section(report, domains),
         curves_section(view, domains),
+        teachers_section(report),
         rollout_section(report, view, domains),
         cost_section(report, view, domains),
         samples_section(view, domains),

@@ -8,6 +8,7 @@ from posttrain.observe.page.markup import Markup, element, joined
 from posttrain.observe.page.names import KINDS, colour_of, domain_of, kind_of
 from posttrain.observe.runview import STATUS_MARKS
 from posttrain.observe.words import duration, percent
+from posttrain.recipe.schema import WARM_START
 
 TONES = {
     "given": "good",
@@ -34,7 +35,8 @@ def pipeline_section(report: dict[str, Any], domains: list[str]) -> Markup:
         rows = [element("div", [box(name) for name in lane], class_="lane") for lane in lanes]
         parts += [_down(), _fan(len(lanes), spreading=True), element("div", rows, class_="lanes")]
     if "student" in stages:
-        parts += [_down(), _fan(len(lanes), spreading=False), element("div", box("student"), class_="end")]
+        boxes = [box(name) for name in (WARM_START, "student") if name in stages]
+        parts += [_down(), _fan(len(lanes), spreading=False), element("div", boxes, class_="end")]
     return element(
         "section",
         element("h2", "Pipeline"),

@@ -78,7 +78,7 @@ nav { font-size: .93rem; }
   display: grid; align-items: stretch; margin: 16px 0;
   grid-template-columns: minmax(190px, 1fr) 44px minmax(0, 2.6fr) 44px minmax(190px, 1fr);
 }
-.pipeline > .end { display: flex; flex-direction: column; justify-content: center; }
+.pipeline > .end { display: flex; flex-direction: column; justify-content: center; gap: 14px; }
 .lanes { display: grid; grid-auto-rows: 1fr; gap: 14px; }
 .lane { display: flex; gap: 20px; align-items: stretch; }
 .lane > .step { flex: 1 1 0; min-width: 0; position: relative; }

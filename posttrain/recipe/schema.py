@@ -19,6 +19,7 @@ from posttrain.recipe.evaluation import EvaluationHook, HoldoutEvaluation
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage, StagesConfig
+from posttrain.recipe.student import TeacherConfig
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """Names of recipes and runs: they become directories."""
@@ -161,9 +162,29 @@ class Recipe(Section):
 
     def stage_names(self) -> list[str]:
         """The stages in the order in which they can run; also the names of the models that they give."""
-        experts = [f"expert/{domain}/{stage.kind}" for domain in self.domains for stage in self.expert_stages(domain)]
+        experts = [f"expert/{domain}/{stage.kind}" for domain in self.experts for stage in self.expert_stages(domain)]
         return ["base", *experts, *(["student"] if self.stages.student else [])]
 
+    @property
+    def experts(self) -> list[str]:
+        """The domains that have an expert of their own."""
+        return [domain for domain in self.domains if self.expert_of(domain) == domain]
+
+    def expert_of(self, domain: str) -> str:
+        """The expert that learns a domain: its own, or the one that learns it beside another."""
+        joint = self.stages.experts.joint
+        return next((expert for expert, others in joint.items() if domain in others), domain)
+
+    def learned_by(self, expert: str) -> list[str]:
+        """The domains that an expert learns, its own first."""
+        return [expert, *self.stages.experts.joint.get(expert, [])]
+
     def expert_stages(self, domain: str) -> list[SftStage | GrpoStage]:
-        """The stages that grow the expert of `domain`, in order."""
-        return list(self.stages.experts.overrides.get(domain, self.stages.experts.per_domain))
+        """The stages that grow the expert that learns `domain`, in order."""
+        experts = self.stages.experts
+        return list(experts.overrides.get(self.expert_of(domain), experts.per_domain))
+
+    def teachers_of(self, domain: str) -> list[TeacherConfig]:
+        """Who teaches a domain to the student; by default the expert that learned it."""
+        named = self.stages.student.teachers if self.stages.student else {}
+        return named.get(domain) or [TeacherConfig(expert=self.expert_of(domain))]

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from posttrain.recipe.conversations import ConversationsConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
-from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping
+from posttrain.recipe.student import GuardsConfig, Teachers, experts_or_mapping
 
 
 class OptimizerConfig(Section):
@@ -238,10 +238,6 @@ class OpdStage(Section):
             raise _wrong("top_k", f"{self.divergence} looks at the sampled token only; leave it out")
         return self
 
-    def teachers_of(self, domain: str) -> list[TeacherConfig]:
-        """Who teaches a domain."""
-        return self.teachers.get(domain, [TeacherConfig(expert=domain)])
-
 
 class GateConfig(Section):
     """An expert must beat its parent by `min_gain` on its domain's selection problems."""
@@ -270,6 +266,9 @@ class ExpertsConfig(Section):
     per_domain: ExpertStages
     overrides: dict[str, ExpertStages] = {}
     """Another list of stages for single domains."""
+    joint: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    """Domains that the expert of another one learns and teaches beside its own, in equal parts; they have none of their
+    own."""
     gate: GateConfig = GateConfig()
 
 

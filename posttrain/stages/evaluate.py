@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -191,10 +192,15 @@ def _measure_mode(
     else:
         prompts = [encode_prompt(tokenizer, problem.messages, problem.mode) for problem in problems]
         answers = client.generate(prompts, sampling)
-    judged = [
-        [rewards.judge(problem.id, answer.sampled_ids, answer.finish_reason) for answer in group]
-        for problem, group in zip(problems, answers, strict=True)
-    ]
+    rewards.ask_through(client)
+    found = iter(
+        rewards.judge_all(
+            [problem.id for problem, group in zip(problems, answers, strict=True) for _ in group],
+            [answer.sampled_ids for group in answers for answer in group],
+            [answer.finish_reason for group in answers for answer in group],
+        )
+    )
+    judged = [list(islice(found, len(group))) for group in answers]
     shares = [sum(result.correct for _, result in group) / len(group) for group in judged]
     lengths = [len(answer.sampled_ids) for group in answers for answer in group]
     cut_off = [answer.finish_reason == "length" for group in answers for answer in group]

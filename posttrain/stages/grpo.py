@@ -1,7 +1,8 @@
-"""Reinforcement learning of one expert on its domain's verified rewards."""
+"""Reinforcement learning of one expert on the rewards of its domain, or of several domains jointly."""
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -54,19 +55,32 @@ def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
     return in_shares(drawn, modes)
 
 
-def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path, slot: int = 0) -> Path:
-    """Sample groups of answers, score them, learn from the differences; return the checkpoint."""
-    config = config.for_domain(domain)
+def draw_from(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
+    """As `draw`, of several domains in turn; what a domain has too few of comes again."""
+    if len(domains) == 1:
+        return draw(work, stage, domains[0], count)
+    share = -(-count // len(domains))
+    drawn = [islice(cycle(draw(work, stage, domain, share)), share) for domain in domains]
+    return [problem for group in zip(*drawn, strict=True) for problem in group][:count]
+
+
+def run_grpo(work: Work, name: str, config: GrpoStage, domains: list[str], start: Path, slot: int = 0) -> Path:
+    """Sample groups of answers, score them, learn from the differences; return the checkpoint.
+
+    Args:
+        domains: the expert's own first: the penalty's strength is that of this one.
+    """
+    config = config.for_domain(domains[0])
 
     def job(output: str) -> GrpoJob:
-        problems = draw(work, name, domain, config.steps * config.prompts_per_step)
+        problems = draw_from(work, name, domains, config.steps * config.prompts_per_step)
         return GrpoJob(
             stage=name,
             config=config,
             checkpoint=str(start),
             output=output,
             prompts=prompts_of(work, problems),
-            max_new_tokens=work.recipe.domains[domain].longest_completion,
+            max_new_tokens=max(work.recipe.domains[domain].longest_completion for domain in domains),
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),

@@ -11,10 +11,12 @@ from posttrain.data import DomainData, Problem
 from posttrain.data.efforts import in_effort, split_completion
 from posttrain.data.encoding import decode_completion
 from posttrain.data.tokenizer import load_tokenizer
+from posttrain.errors import BadInput
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 from posttrain.recipe.domains import Effort
-from rewards import Answer, RewardResult, Scorer, build, check
+from posttrain.stages.judging import Client, Judge
+from rewards import Answer, JudgeRequest, RewardResult, Scorer, build, check
 from rollouts.types import FAILED
 
 
@@ -36,6 +38,7 @@ class DomainRewards:
         stage: str = "",
         log: MetricsLog | None = None,
     ) -> None:
+        self.recipe = recipe
         domains = recipe.domains.items()
         self.specs = {(name, effort): config.rewards(effort) for name, config in domains for effort in config.efforts}
         self.conversing = {name for name, config in domains if config.environment is not None}
@@ -44,9 +47,21 @@ class DomainRewards:
         self.stage = stage
         self.log = log
         self.told = False
+        self._judges: dict[str, Judge] = {}
+        """By their domains, once there is a model to ask."""
+
+    def ask_through(self, client: Client, name: str | None = None) -> None:
+        """Have rubrics that the model judges asked of the weights that `client` serves; `name`: see `Judge`."""
+        asked = {judge for domain in self.recipe.domains.values() for _, judge, _ in domain.actor_judges}
+        self._judges = {judge: Judge(self.recipe, judge, self._tokenizer, client, name) for judge in sorted(asked)}
+
+    def _ask(self, judge: str, votes: int, requests: Sequence[JudgeRequest]) -> Sequence[Sequence[float] | Exception]:
+        if judge not in self._judges:
+            raise RuntimeError("there is no model to ask")
+        return self._judges[judge].grades(votes, requests)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("specs", "conversing", "tokenizer_path", "problems", "stage", "log", "told")
+        kept = ("recipe", "specs", "conversing", "tokenizer_path", "problems", "stage", "log", "told")
         return {key: self.__dict__[key] for key in kept}
 
     @cached_property
@@ -55,28 +70,48 @@ class DomainRewards:
 
     @cached_property
     def _scorers(self) -> dict[tuple[str, Effort | None], Scorer]:
-        return {key: build(specs, f"domains.{key[0]}.reward") for key, specs in self.specs.items()}
+        return {key: build(specs, f"domains.{key[0]}.reward", self._ask) for key, specs in self.specs.items()}
 
     def judge(self, problem_id: str, token_ids: Sequence[int], finish_reason: str) -> tuple[str, RewardResult]:
-        """The text of one completion, with its reasoning, and the score of its answer.
+        """As `judge_all`, of one completion."""
+        return self.judge_all([problem_id], [token_ids], [finish_reason])[0]
 
-        Of an episode, `token_ids` are what the model sampled.
+    def judge_all(
+        self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
+    ) -> list[tuple[str, RewardResult]]:
+        """For each completion its text, with its reasoning, and the score of its answer.
+
+        Of an episode, `completion_ids` are what the model sampled. Answers of a domain in a mode are scored together.
         """
-        problem = self.problems[problem_id]
-        if finish_reason.startswith(FAILED):
-            text, result = "", RewardResult(problem_id, 0.0, error=f"its environment {finish_reason}")
-        else:
-            text = self._text(problem, token_ids, finish_reason)
-            reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
-            answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
-            counted = None if problem.mode == "chat" else len(reasoning)
-            (result,) = self._scorers[problem.domain, problem.effort].score_batch(
-                [Answer(problem, answer_text, token_ids, finish_reason, counted)]
-            )
-        if result.error is not None and not self.told:
-            self.told = True
-            self._tell(problem, text, result.error)
-        return text, result
+        texts = [""] * len(problem_ids)
+        results: dict[int, RewardResult] = {}
+        batches: dict[tuple[str, Effort | None], list[tuple[int, Answer]]] = {}
+        for row, (problem_id, token_ids, reason) in enumerate(
+            zip(problem_ids, completion_ids, finish_reasons, strict=True)
+        ):
+            if reason.startswith(FAILED):
+                results[row] = RewardResult(problem_id, 0.0, error=f"its environment {reason}")
+                continue
+            problem = self.problems[problem_id]
+            texts[row] = self._text(problem, token_ids, reason)
+            answer = self._answer(problem, texts[row], token_ids, reason)
+            batches.setdefault((problem.domain, problem.effort), []).append((row, answer))
+        for key, batch in batches.items():
+            rows, answers = zip(*batch, strict=True)
+            results |= zip(rows, self._scorers[key].score_batch(answers), strict=True)
+        for row, problem_id in enumerate(problem_ids):
+            error = results[row].error
+            if error is not None and not self.told:
+                self.told = True
+                self._tell(self.problems[problem_id], texts[row], error)
+        return [(text, results[row]) for row, text in enumerate(texts)]
+
+    def _answer(self, problem: Problem, text: str, token_ids: Sequence[int], finish_reason: str) -> Answer:
+        """What is scored of a completion: without its reasoning, of which the length is told."""
+        reasoning, answer = split_completion(self._tokenizer, token_ids, problem.mode)
+        answer_text = decode_completion(self._tokenizer, answer) if reasoning else text
+        counted = None if problem.mode == "chat" else len(reasoning)
+        return Answer(problem, answer_text, token_ids, finish_reason, counted)
 
     def _text(self, problem: Problem, token_ids: Sequence[int], finish_reason: str) -> str:
         """The answer: of an episode the last turn, if it came to an answer."""
@@ -91,10 +126,7 @@ class DomainRewards:
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
     ) -> tuple[list[float], list[dict[str, float]]]:
         """Totals and parts, in order; NaN and no parts where a reward failed, which says nothing of the answer."""
-        results = [
-            self.judge(problem_id, token_ids, reason)[1]
-            for problem_id, token_ids, reason in zip(problem_ids, completion_ids, finish_reasons, strict=True)
-        ]
+        results = [result for _, result in self.judge_all(problem_ids, completion_ids, finish_reasons)]
         totals = [math.nan if result.error is not None else result.total for result in results]
         return totals, [{} if result.error is not None else result.parts for result in results]
 
@@ -115,3 +147,6 @@ def check_rewards(recipe: Recipe, domains: Mapping[str, DomainData]) -> None:
         for effort in config.efforts:
             problem = in_effort(data.train[0], effort, config.modes[effort]) if effort else data.train[0]
             check(build(config.rewards(effort), where), problem, where)
+        if config.actor_judges:
+            for complaint in build(config.reward, where).unfit([*data.train, *data.selection, *data.holdout]).items():
+                raise BadInput(f"{where}: the problem {complaint[0]} cannot be judged: {complaint[1]}")

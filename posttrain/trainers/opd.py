@@ -34,7 +34,7 @@ from posttrain.recipe.stages import OpdStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.grpo import placeholders
-from posttrain.trainers.jobs import OpdJob, Reward, Teacher
+from posttrain.trainers.jobs import OpdJob, Reward, Teacher, bind_reward
 from posttrain.trainers.mismatch import LogprobDifference
 from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
 from posttrain.trainers.models import distillation_obstacle
@@ -248,6 +248,7 @@ def train_opd(
     Raises BadInput when a teacher is missing or has another vocabulary.
     """
     check_teachers(model, tokenizer, job, teachers)
+    bind_reward(job.reward, client, job.stage)
     config, domains = job.config, sorted(job.prompts)
     mixing = Mixing(config, domains, progress)
     rows = ordered_by_teacher(job.prompts, mixing.shares, config.steps, config.batch_size, seed)

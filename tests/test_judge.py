@@ -18,7 +18,7 @@ from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 from posttrain.stages.hooks import EvaluatedModel
 from posttrain.stages.judge_evaluation import agreement, evaluate_judges, position_consistency, self_preference
-from posttrain.stages.judging import Judge
+from posttrain.stages.judging import Judge, check_judge_prompts
 from posttrain.stages.scoring import DomainRewards, check_rewards
 from posttrain.trainers.jobs import bind_reward
 from rewards import JudgeRequest
@@ -74,7 +74,7 @@ def test_the_models_verdicts_are_the_reward_and_exact_is_measured_beside_them(tm
 def test_a_judge_is_asked_in_the_very_words_that_it_learned() -> None:
     recipe, client = judged_recipe({"domains.verdicts.system": "Be strict."}), Answering(honest)
     domains = load_domains(recipe)
-    learned = [one for one in domains["verdicts"].train if one.answer == "yes"][0]
+    learned = next(one for one in domains["verdicts"].train if one.answer == "yes")
     asked = next(one for one in domains["sums"].train if one.messages[-1]["content"] == learned.entry["question"])
     Judge(recipe, "verdicts", TOKENIZER, client).grades(1, [request(asked, asked.answer)])
     assert client.asked[0].prompt_ids == encode_prompt(TOKENIZER, learned.messages)
@@ -159,7 +159,9 @@ def test_problems_without_a_rubric_are_named_before_the_run() -> None:
         "domains.verdicts.source.judging.prompt": "{question}{answer}{criterion}",
     }
     recipe = judged_recipe(changes)
-    with pytest.raises(BadInput, match=r"domains\.sums\.reward cannot judge answers to sums/.*or the recipe has `criteria`"):
+    with pytest.raises(
+        BadInput, match=r"domains\.sums\.reward cannot judge answers to sums/.*or the recipe has `criteria`"
+    ):
         check_rewards(recipe, load_domains(recipe))
     own = [question("3 + 4=", "7", rubric=CRITERIA), question("5 + 6=", "11", rubric=[])]
     domains = load_domains(recipe)
@@ -168,14 +170,25 @@ def test_problems_without_a_rubric_are_named_before_the_run() -> None:
         check_rewards(recipe, domains)
 
 
+def test_a_judge_that_could_not_read_the_longest_answer_is_refused_before_the_run() -> None:
+    recipe = judged_recipe({"domains.sums.max_new_tokens": 50})
+    with pytest.raises(
+        BadInput, match=r"max_model_len is 64; judging domains\.sums as domains\.verdicts does needs 6\d"
+    ):
+        check_judge_prompts(recipe, TOKENIZER, load_domains(recipe))
+    recipe = judged_recipe()
+    check_judge_prompts(recipe, TOKENIZER, load_domains(recipe))
+
+
 def problems(labels: list[str], pairs: list[str] | None = None) -> list[Problem]:
     pairs = pairs or labels
-    return [Problem(str(row), "j", (), label, {"pair": pair}) for row, (label, pair) in enumerate(zip(labels, pairs))]
+    rows = enumerate(zip(labels, pairs, strict=True))
+    return [Problem(str(row), "j", (), label, {"pair": pair}) for row, (label, pair) in rows]
 
 
 def test_agreement_tells_a_judge_that_always_says_yes_from_a_good_one() -> None:
     labels = ["yes", "no"] * 10
-    good, lenient = ([label for label in labels], ["yes"] * 20)
+    good, lenient = list(labels), ["yes"] * 20
     assert agreement(problems(labels), good)["agreement"] == 1.0
     found = agreement(problems(labels), lenient)
     assert (found["agreement"], found["yes_if_right"], found["yes_if_wrong"]) == (0.5, 1.0, 1.0)
@@ -201,7 +214,9 @@ def test_self_preference_compares_answers_of_equal_labels() -> None:
     assert found["self_preference"] == pytest.approx(((1.0 - 0.5) + (0.75 - 0.5)) / 2)
     assert (found["yes_if_own_wrong"], found["yes_if_base_wrong"]) == (0.75, 0.5)
     variance = 0 + 0.25 / 2 + 0.75 * 0.25 / 4 + 0.25 / 4
-    assert found["self_preference_high"] - found["self_preference"] == pytest.approx(1.96 * math.sqrt(variance) / 2, 1e-3)
+    assert found["self_preference_high"] - found["self_preference"] == pytest.approx(
+        1.96 * math.sqrt(variance) / 2, 1e-3
+    )
     assert self_preference([(True, True)], [(True, True)] * 9)["self_preference"] == 0.0
     assert "self_preference" not in self_preference([(True, True)], [(False, True)])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from posttrain.recipe.section import wrong
-from posttrain.recipe.stages import GrpoStage, SftStage
+from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
 
 if TYPE_CHECKING:
     from posttrain.recipe.domains import DomainConfig
@@ -37,6 +37,11 @@ def _check_domains_named(recipe: Recipe) -> None:
         "stages.student.weights": student.weights if student else {},
         "stages.student.shares": student.shares if student else {},
         "stages.student.teachers": student.teachers if student else {},
+        **{
+            f"stages.{key}.shares": stage.shares
+            for key, stage in recipe.stages_by_key().items()
+            if not isinstance(stage, OpdStage)
+        },
         **{f"stages.{key}.beta_by_domain": stage.beta_by_domain for key, stage in recipe.grpo_stages()},
     }
     for key, mapping in named.items():

@@ -11,6 +11,8 @@ from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 from posttrain.recipe.student import GuardsConfig, Teachers, experts_or_mapping
 
+Shares = dict[str, Annotated[float, Field(gt=0)]]
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
@@ -80,6 +82,8 @@ class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
     kind: Literal["sft"] = "sft"
+    shares: Shares = {}
+    """Of the domains that are learned together, among the examples; 1 for those not named."""
     steps: int = Field(100, ge=1)
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
@@ -124,6 +128,8 @@ class GrpoStage(Section):
     """Group-relative policy optimisation on verified rewards."""
 
     kind: Literal["grpo"]
+    shares: Shares = {}
+    """Of the domains that are learned together, among the prompts; 1 for those not named."""
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=2)
@@ -267,8 +273,7 @@ class ExpertsConfig(Section):
     overrides: dict[str, ExpertStages] = {}
     """Another list of stages for single domains."""
     joint: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
-    """Domains that the expert of another one learns and teaches beside its own, in equal parts; they have none of their
-    own."""
+    """Domains that the expert of another one learns and teaches beside its own; they have none of their own."""
     gate: GateConfig = GateConfig()
 
 

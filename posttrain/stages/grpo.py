@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import cycle, islice
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
 from posttrain.data import Problem
 from posttrain.data.efforts import in_shares
 from posttrain.data.encoding import encode_prompt
+from posttrain.data.mixture import in_turn, share_of
 from posttrain.recipe.stages import GrpoStage
 from posttrain.stages.episodes import episodes_of, policy_messages
 from posttrain.stages.scoring import DomainRewards
@@ -55,13 +56,12 @@ def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
     return in_shares(drawn, modes)
 
 
-def draw_from(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
-    """As `draw`, of several domains in turn; what a domain has too few of comes again."""
+def draw_from(work: Work, stage: str, domains: list[str], count: int, shares: Mapping[str, float]) -> list[Problem]:
+    """As `draw`, of several domains in turn; what one of them has too few of comes again."""
     if len(domains) == 1:
         return draw(work, stage, domains[0], count)
-    share = -(-count // len(domains))
-    drawn = [islice(cycle(draw(work, stage, domain, share)), share) for domain in domains]
-    return [problem for group in zip(*drawn, strict=True) for problem in group][:count]
+    drawn = {domain: draw(work, stage, domain, share_of(domain, domains, shares, count)) for domain in domains}
+    return in_turn(drawn, shares, count)
 
 
 def run_grpo(work: Work, name: str, config: GrpoStage, domains: list[str], start: Path, slot: int = 0) -> Path:
@@ -73,7 +73,7 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domains: list[str], start
     config = config.for_domain(domains[0])
 
     def job(output: str) -> GrpoJob:
-        problems = draw_from(work, name, domains, config.steps * config.prompts_per_step)
+        problems = draw_from(work, name, domains, config.steps * config.prompts_per_step, config.shares)
         return GrpoJob(
             stage=name,
             config=config,

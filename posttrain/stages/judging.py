@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from posttrain.data import Problem
+from posttrain.data import DomainData, Problem
 from posttrain.data.efforts import in_effort, split_completion
 from posttrain.data.encoding import decode_completion, encode_prompt
 from posttrain.data.judging import VERDICTS, judging_problem
 from posttrain.data.problems import prompt_text
+from posttrain.errors import BadInput
 from posttrain.recipe import Recipe
 from rewards import JudgeRequest, build
 from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest, Sampling
@@ -146,6 +147,28 @@ class Judge:
         """Its answer, without reasoning."""
         _, answer_ids = split_completion(self.tokenizer, answer.token_ids, problem.mode)
         return decode_completion(self.tokenizer, answer_ids)
+
+
+def check_judge_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: Mapping[str, DomainData]) -> None:
+    """Raise BadInput when the judge of a rubric could not read the longest answer to the longest question."""
+    for name, config in recipe.domains.items():
+        for _, domain, options in config.actor_judges:
+            judge = recipe.domains[domain]
+            assert judge.judging is not None
+            problems = [*domains[name].train, *domains[name].selection, *domains[name].holdout]
+            longest = max(problems, key=lambda problem: len(prompt_text(problem.messages)))
+            criteria = [one["criterion"] for one in longest.entry.get("rubric") or options.get("criteria") or ()]
+            criterion = max(criteria, key=len, default=None)
+            question = prompt_text(longest.messages)
+            posed = judging_problem(domain, judge.judging, judge.system, question, [""], "", criterion)
+            prompt = len(encode_prompt(tokenizer, posed.messages))
+            needed = prompt + config.longest_completion + judge.longest_completion
+            if needed > recipe.rollout.max_model_len:
+                raise BadInput(
+                    f"rollout.max_model_len is {recipe.rollout.max_model_len}; judging domains.{name} as "
+                    f"domains.{domain} does needs {needed}: its longest question has {prompt} tokens as the judge is "
+                    f"asked, max_new_tokens is {config.longest_completion}, and the judge's {judge.longest_completion}"
+                )
 
 
 def _grades(verdicts: Sequence[list[str] | Exception]) -> list[float] | Exception:

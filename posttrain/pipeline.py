@@ -62,7 +62,7 @@ def train_base(work: Work, initial: Path) -> Path:
 def grow_experts(work: Work, base: Path) -> dict[str, Path]:
     """As many experts side by side as the cluster has slots; those that a gate drops are not returned."""
     grown = side_by_side(
-        names=list(work.domains),
+        names=work.recipe.experts,
         do=lambda domain, slot: grow_expert(work, domain, base, slot),
         slots=work.cluster.slots,
         ending=work.ending,
@@ -73,13 +73,13 @@ def grow_experts(work: Work, base: Path) -> dict[str, Path]:
 
 def grow_expert(work: Work, domain: str, base: Path, slot: int) -> Path | None:
     """The expert's stages in order, each evaluated; then its gate. None for an expert that its gate drops."""
-    model, name = base, "base"
+    model, name, domains = base, "base", work.recipe.learned_by(domain)
     for config in work.recipe.expert_stages(domain):
         name = f"expert/{domain}/{config.kind}"
         if isinstance(config, SftStage):
-            model = run_sft(work, name, config, [domain], model, slot)
+            model = run_sft(work, name, config, domains, model, slot)
         else:
-            model = run_grpo(work, name, config, domain, model, slot)
+            model = run_grpo(work, name, config, domains, model, slot)
         evaluate(work, name, model, slot)
     gate = work.recipe.stages.experts.gate
     if passes_gate(work, gate, domain, name, base, model, slot) or gate.action == "warn":

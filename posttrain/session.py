@@ -124,11 +124,14 @@ def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], 
 
 
 def check_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, domains: dict[str, DomainData]) -> None:
-    """Raise BadInput for problems, episodes or conversations that cannot be written, or do not fit the lengths."""
+    """Raise BadInput for problems, episodes or conversations that cannot be written, or do not fit the lengths; so too
+    for answers that are to be judged."""
     from posttrain.stages.episodes import check_episodes
+    from posttrain.stages.judging import check_judge_prompts
     from posttrain.stages.sft import check_conversations
 
     check_problems(recipe, tokenizer, domains)
+    check_judge_prompts(recipe, tokenizer, domains)
     check_episodes(recipe, tokenizer, domains)
     check_conversations(recipe, tokenizer, domains)
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from posttrain.errors import BadInput
+from rewards.rubric import is_rubric
 
 
 def check_parameters(name: str, function: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
@@ -140,4 +141,12 @@ def _require_isolation(options: Mapping[str, Any], where: str) -> None:
 
 def _rubric(name: str, options: Mapping[str, Any], where: str) -> None:
     if not callable(options["judge"]):
-        raise BadInput(f"{where}: the judge of rubric is `package.module:function`, not {options['judge']!r}")
+        raise BadInput(
+            f"{where}: the judge of rubric is `package.module:function`, or {{actor: a judge domain, votes: how many}} "
+            f"for the model itself, not {options['judge']!r}"
+        )
+    if options.get("criteria") is not None and not is_rubric(options["criteria"]):
+        raise BadInput(
+            f"{where}: the criteria of rubric are a list of {{criterion: text, points: number above 0}}, not "
+            f"{options['criteria']!r}"
+        )

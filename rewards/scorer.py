@@ -13,6 +13,7 @@ from posttrain.imports import import_function
 from rewards import functions
 from rewards.batches import complaint_about, is_batched, reasoning_options
 from rewards.options import check_parameters
+from rewards.rubric import ActorJudge, Ask
 
 if TYPE_CHECKING:
     from posttrain.data.problems import Problem
@@ -70,6 +71,12 @@ class Part:
     function: RewardFunction
     parameters: dict[str, Any]
     weight: float
+
+    @property
+    def awaits_actor(self) -> bool:
+        """Whether the model is the judge, and there is none yet."""
+        judge = self.parameters.get("judge")
+        return isinstance(judge, ActorJudge) and judge.ask is None
 
 
 @dataclass(frozen=True)
@@ -164,19 +171,20 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def build(specs: Sequence[Spec], where: str = "reward") -> Scorer:
+def build(specs: Sequence[Spec], where: str = "reward", actor: Ask | None = None) -> Scorer:
     """Put the rewards of a recipe together.
 
     Args:
         specs: a name, or `{name: {weight: ..., parameter: ...}}`. A name with a colon is a function of the user's,
             `package.module:function`; it is imported.
         where: the recipe's key, for error messages.
+        actor: asks the model itself for grades, for rubrics that it judges.
 
     Raises:
         BadInput: an unknown reward or parameter, a function that cannot be imported, or a first reward that does
             not judge answers.
     """
-    parts = [_build_part(spec, f"{where}[{index}]") for index, spec in enumerate(specs)]
+    parts = [_build_part(spec, f"{where}[{index}]", actor) for index, spec in enumerate(specs)]
     if not parts:
         raise BadInput(f"{where}: give at least one of {', '.join(known_rewards())}")
     names = [part.name for part in parts]
@@ -191,9 +199,18 @@ def build(specs: Sequence[Spec], where: str = "reward") -> Scorer:
 def check(scorer: Scorer, problem: Problem, where: str = "reward") -> None:
     """Try the rewards on a problem's reference answer: it must count as correct, and nothing else may.
 
+    Of what the model itself is to judge, only whether it can be judged.
+
     Raises:
         BadInput: a reward fails on it, or calls the reference wrong or an empty answer right.
     """
+    there = Scorer(tuple(part for part in scorer.parts if not part.awaits_actor))
+    if there != scorer:
+        for complaint in scorer.unfit([problem]).values():
+            raise BadInput(f"{where} cannot judge answers to {problem.id}: {complaint}")
+        if scorer.parts[0].awaits_actor:
+            return
+        scorer = there
     good = scorer.score(problem, problem.answer, [], "stop")
     if good.error:
         raise BadInput(f"{where} fails on the reference answer {problem.answer!r} of {problem.id}: {good.error}")
@@ -210,7 +227,7 @@ def _judges() -> str:
     return f"{', '.join(JUDGES)} or package.module:function"
 
 
-def _build_part(spec: Spec, where: str) -> Part:
+def _build_part(spec: Spec, where: str, actor: Ask | None) -> Part:
     if isinstance(spec, str):
         name, options = spec, {}
     elif isinstance(spec, Mapping) and len(spec) == 1:
@@ -224,10 +241,22 @@ def _build_part(spec: Spec, where: str) -> Part:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
         raise BadInput(f"{where}: the weight of {name} is a number of at least 0, not {weight!r}")
     function = import_function(name, where) if ":" in name else _known_function(name, where)
-    if name == "rubric" and isinstance(options.get("judge"), str):
-        options["judge"] = import_function(options["judge"], where)
+    if name == "rubric":
+        options["judge"] = _judge(options.get("judge"), where, actor)
     check_parameters(name, function, options, where)
     return Part(name, function, options, float(weight))
+
+
+def _judge(judge: Any, where: str, actor: Ask | None) -> Any:
+    """The judge that a recipe names; what is none is left for the check of the options."""
+    if isinstance(judge, str):
+        return import_function(judge, where)
+    if not isinstance(judge, Mapping) or not isinstance(judge.get("actor"), str) or {*judge} - {"actor", "votes"}:
+        return judge
+    votes = judge.get("votes", 1)
+    if isinstance(votes, bool) or not isinstance(votes, int) or votes < 1:
+        raise BadInput(f"{where}: the votes of a judge are a whole number of at least 1, not {votes!r}")
+    return ActorJudge(judge["actor"], votes, actor)
 
 
 def _known_function(name: str, where: str) -> RewardFunction:

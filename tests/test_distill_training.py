@@ -221,14 +221,12 @@ def work_of(recipe: Recipe, directory: Path) -> Any:
 def test_domains_are_taught_by_whom_the_recipe_says_and_the_gates_left(tmp_path: Path) -> None:
     teachers = {"words": [{"expert": "sums", "weight": 2}, {"checkpoint": "s3://b/large"}, {"expert": "words"}]}
     recipe = Recipe(**recipe_with({"stages.student.teachers": teachers}))
-    config = recipe.stages.student
-    assert config is not None
     work, both = work_of(recipe, tmp_path), {"words": Path("/w"), "sums": Path("/s")}
-    assert teachers_by_domain(work, config, both) == {
+    assert teachers_by_domain(work, both) == {
         "sums": [Teacher("sums", "/s")],
         "words": [Teacher("sums", "/s", 2), Teacher("large", "s3://b/large", outside=True), Teacher("words", "/w")],
     }
-    assert teachers_by_domain(work, config, {"words": Path("/w")}) == {
+    assert teachers_by_domain(work, {"words": Path("/w")}) == {
         "words": [Teacher("large", "s3://b/large", outside=True), Teacher("words", "/w")]
     }
 

@@ -14,13 +14,17 @@ from posttrain.recipe.student import GuardsConfig, TeacherConfig
 from tests.recipe_kit import recipe_with, write_recipe
 
 
+def with_student(changes: dict[str, Any]) -> Recipe:
+    return Recipe(**recipe_with({f"stages.student.{key}": value for key, value in changes.items()}))
+
+
 def student(changes: dict[str, Any]) -> Any:
-    return Recipe(**recipe_with({f"stages.student.{key}": value for key, value in changes.items()})).stages.student
+    return with_student(changes).stages.student
 
 
 @pytest.mark.parametrize("written", [{}, {"teachers": "experts"}, {"teachers": {}}])
 def test_every_domain_has_its_own_expert_unless_the_recipe_says_otherwise(written: dict[str, Any]) -> None:
-    assert student(written).teachers_of("sums") == [TeacherConfig(expert="sums")]
+    assert with_student(written).teachers_of("sums") == [TeacherConfig(expert="sums")]
     assert student(written).guards == GuardsConfig()
 
 
@@ -29,12 +33,11 @@ def test_teachers_may_be_other_experts_and_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "big" / "config.json").write_text("{}")
     listed = [{"expert": "words", "weight": 2}, {"checkpoint": "big"}, {"checkpoint": "s3://bucket/teachers/large/"}]
     recipe = load_recipe(write_recipe(tmp_path / "small.yaml", {"stages.student.teachers": {"sums": listed}}))
-    assert recipe.stages.student is not None
-    teachers = recipe.stages.student.teachers_of("sums")
+    teachers = recipe.teachers_of("sums")
     assert [teacher.name for teacher in teachers] == ["words", "big", "large"]
     assert teachers[1].checkpoint == str(tmp_path / "big")
     assert teachers[2].checkpoint == "s3://bucket/teachers/large/"
-    assert recipe.stages.student.teachers_of("words") == [TeacherConfig(expert="words")]
+    assert recipe.teachers_of("words") == [TeacherConfig(expert="words")]
     names = [str(node.label) for node in stage_tree(recipe).children[0].children[-1].children]
     assert names[0] == "teacher: expert/words/grpo for sums"
     assert names[1] == f"teacher: {tmp_path / 'big'} for sums"

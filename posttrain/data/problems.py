@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,7 +63,7 @@ class DomainData:
     holdout: list[Problem]
 
 
-def _prompt_text(messages: Iterable[Mapping[str, Any]]) -> str:
+def prompt_text(messages: Iterable[Mapping[str, Any]]) -> str:
     """What a problem is known by. Without the system text, which domains may put in front of the same question."""
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) == 1:
@@ -73,7 +73,7 @@ def _prompt_text(messages: Iterable[Mapping[str, Any]]) -> str:
 
 def split_key(messages: Iterable[Mapping[str, Any]]) -> str:
     """The normalised prompt text: prompts with equal keys are never in two places."""
-    return " ".join(unicodedata.normalize("NFKC", _prompt_text(messages)).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", prompt_text(messages)).casefold().split())
 
 
 def place(key: str) -> float:
@@ -100,11 +100,14 @@ def make_problem(
     return Problem(f"{domain}/{digest[:16]}", domain, tuple(messages), answer, entry)
 
 
-def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
+def load_domain(
+    name: str, config: DomainConfig, seed: int, others: Mapping[str, DomainData] | None = None
+) -> DomainData:
     """Read or generate a domain's problems and split them. 20,000 generated ones take one or two seconds.
 
     Args:
         seed: the run's. It draws (or shuffles) the training problems and touches nothing else.
+        others: the domains whose answers are judged, for a domain that judges them.
 
     Raises:
         BadInput: a task, parameter, template, file or row that is wrong, or too few distinct problems.
@@ -112,7 +115,13 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
     from posttrain.data import sources
     from posttrain.data.calculations import generate_calculations
     from posttrain.data.generators import generate_rows
-    from posttrain.recipe.domains import CalculationsSource, GeneratorSource, JsonlSource, ReasoningGymSource
+    from posttrain.recipe.domains import (
+        CalculationsSource,
+        GeneratorSource,
+        JsonlSource,
+        JudgingSource,
+        ReasoningGymSource,
+    )
 
     source = config.source
     if isinstance(source, ReasoningGymSource):
@@ -123,6 +132,12 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> DomainData:
     if isinstance(source, CalculationsSource):
         kind = source.calculations
         return generate_calculations(name, sizes, seed, kind.min_digits, kind.max_digits, config.system, kind.shapes)
+    if isinstance(source, JudgingSource):
+        from posttrain.data.judging import from_domain, read_labels
+
+        if source.judging.domain is None:
+            return read_labels(name, source.judging, config, seed)
+        return from_domain(name, source.judging, config, (others or {})[source.judging.domain])
     if isinstance(source, JsonlSource):
         problems = sources.read_jsonl(name, source.jsonl, config.system)
         held_out = sources.read_jsonl(name, source.holdout_jsonl, config.system) if source.holdout_jsonl else None
@@ -174,22 +189,33 @@ def _take(ranked: list[Problem], count: int) -> tuple[list[Problem], list[Proble
     return taken, [problem for problem in rest if split_key(problem.messages) != last]
 
 
+def _key_of(config: DomainConfig) -> Callable[[Problem], str]:
+    """What places a domain's problems: their prompts, or of judging problems the questions whose answers are judged."""
+    if config.judging is not None:
+        from posttrain.data.judging import question_key
+
+        return question_key
+    return lambda problem: split_key(problem.messages)
+
+
 def load_domains(recipe: Recipe) -> dict[str, DomainData]:
     """The problems of every domain of a recipe; none is trained on that any domain selects on or holds out.
 
     Raises:
         BadInput: see `load_domain`.
     """
-    domains = {name: load_domain(name, config, recipe.seed) for name, config in recipe.domains.items()}
+    found: dict[str, DomainData] = {}
+    for name, config in sorted(recipe.domains.items(), key=lambda item: item[1].judging is not None):
+        found[name] = load_domain(name, config, recipe.seed, found)
+    domains = {name: found[name] for name in recipe.domains}
     if len(domains) == 1:
         return domains
-    reserved = {
-        split_key(problem.messages) for data in domains.values() for problem in (*data.selection, *data.holdout)
-    }
-    held_out = {split_key(problem.messages) for data in domains.values() for problem in data.holdout}
+    key = {name: _key_of(config) for name, config in recipe.domains.items()}
+    reserved = {key[name](problem) for name, data in domains.items() for problem in (*data.selection, *data.holdout)}
+    held_out = {key[name](problem) for name, data in domains.items() for problem in data.holdout}
     for name, data in domains.items():
-        data.train = [problem for problem in data.train if split_key(problem.messages) not in reserved]
-        data.selection = [problem for problem in data.selection if split_key(problem.messages) not in held_out]
+        data.train = [problem for problem in data.train if key[name](problem) not in reserved]
+        data.selection = [problem for problem in data.selection if key[name](problem) not in held_out]
         if not data.train or not data.selection:
             raise BadInput(f"domains.{name}: all its problems are among those that other domains hold out")
     return domains

@@ -143,6 +143,7 @@ def check_lengths(
 
 def sft_stages_of(recipe: Recipe, domain: str) -> list[tuple[str, SftStage]]:
     """The stages that learn from the domain's reference answers, by their keys below `stages`."""
-    experts = f"experts.overrides.{domain}" if domain in recipe.stages.experts.overrides else "experts.per_domain"
+    expert = recipe.expert_of(domain)
+    experts = f"experts.overrides.{expert}" if expert in recipe.stages.experts.overrides else "experts.per_domain"
     stages = [("base", recipe.stages.base), *((experts, stage) for stage in recipe.expert_stages(domain))]
     return [(key, stage) for key, stage in stages if isinstance(stage, SftStage) and stage.conversations is None]

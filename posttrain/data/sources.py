@@ -166,11 +166,11 @@ def read_jsonl(name: str, path: str, system: str | None) -> list[Problem]:
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1)
         if line.strip()
     )
-    return _read_rows(name, path, ((where, _parse_json(line)) for where, line in rows), system)
+    return _read_rows(name, path, ((where, parse_json(line)) for where, line in rows), system)
 
 
-def _parse_json(line: bytes) -> Any:
-    """The value of a line, or the error that it is."""
+def parse_json(line: bytes) -> Any:
+    """The value of a line of JSON, or the error that it is."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

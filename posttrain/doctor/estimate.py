@@ -37,7 +37,7 @@ def estimated_seconds(recipe: Recipe, report: dict[str, Any], records: list[dict
     """
     missing = {name: _missing_seconds(recipe, name, records) for name in recipe.stage_names()}
     slots = [0.0] * min(recipe.cluster.trainers, recipe.cluster.rollout_workers)
-    for domain in recipe.domains:
+    for domain in recipe.experts:
         slots.sort()
         slots[0] += sum(missing[f"expert/{domain}/{stage.kind}"] for stage in recipe.expert_stages(domain))
     student = missing.get(WARM_START, 0.0) + missing.get("student", 0.0)

@@ -56,6 +56,8 @@ def shortened(recipe: Recipe) -> Recipe:
     for hook in document["evaluation"]:
         if hook["holdout"] is not None:
             hook["holdout"]["n"] = min(hook["holdout"]["n"], MEASURED)
+        if hook["judge"] is not None:
+            hook["judge"]["n"] = min(hook["judge"]["n"], MEASURED)
         if hook["lm_eval"] is not None:
             hook["lm_eval"]["limit"] = min(hook["lm_eval"]["limit"] or MEASURED, MEASURED)
     document["cluster"]["dashboard"] = False

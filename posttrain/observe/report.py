@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -68,7 +69,7 @@ def _report(run_dir: Path, recipe: dict[str, Any], view: RunView) -> Report:
         "wall_seconds": view.seconds,
         "attempts": len(view.attempts),
         "models": models,
-        "summary": _summary(models, list(recipe.get("domains") or {})),
+        "summary": _summary(models, list(recipe["domains"]), recipe["stages"]["experts"]["joint"]),
         "hooks": [_without_time(event) for event in view.events.get("hook", [])],
         "gates": [_without_time(event) for event in view.events.get("gate", [])],
         "rollout": _rollout(view),
@@ -124,13 +125,17 @@ def _accuracy(event: Record) -> dict[str, Any]:
     return {"pass@1": share, "ci95": interval, "n": n, **optional, **({"modes": known} if known else {})}
 
 
-def _summary(models: list[dict[str, Any]], domains: list[str]) -> dict[str, Any]:
+def _summary(models: list[dict[str, Any]], domains: list[str], joint: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """What the run gained: means over the domains, and base, expert and student side by side in each domain.
 
+    The expert of a domain in `joint` is the one that learns it beside its own.
     `retention` is the student's accuracy over the expert's, `gain` the expert's minus base's.
     """
     share = {(model["name"], domain): cell["pass@1"] for model in models for domain, cell in model["eval"].items()}
-    expert = {d: model["name"] for d in domains for model in models if model["name"].startswith(f"expert/{d}/")}
+    owner = {domain: name for name, others in joint.items() for domain in others}
+    expert = {
+        d: model["name"] for d in domains for model in models if model["name"].startswith(f"expert/{owner.get(d, d)}/")
+    }
     by_domain = {}
     for domain in domains:
         base, student = share.get(("base", domain)), share.get(("student", domain))

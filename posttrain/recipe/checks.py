@@ -55,6 +55,9 @@ def check_names(recipe: Recipe, document: Document) -> Checked:
                     _add(checked, (*key, field_name), _file(value, _base(document, (*key, field_name))))
         elif isinstance(domain.source, DatasetSource):
             _add(checked, (*key, "dataset"), _dataset(domain.source.dataset, _base(document, (*key, "dataset"))))
+        elif domain.judging is not None and domain.judging.labels is not None:
+            labels = (*key, "judging", "labels")
+            _add(checked, labels, _file(domain.judging.labels, _base(document, labels)))
         checked.problems += _rewards(("domains", name, "reward"), domain.reward) or _modes(("domains", name), domain)
         if domain.environment is not None:
             checked.problems += _environment(("domains", name, "environment"), domain.environment)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from posttrain.recipe.section import wrong
-from posttrain.recipe.stages import GrpoStage, SftStage
+from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
 
 if TYPE_CHECKING:
     from posttrain.recipe.domains import DomainConfig
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 def check_parts(recipe: Recipe) -> None:
     """Raise pydantic's error, with the key that it belongs to, for the first thing that does not fit."""
     _check_domains_named(recipe)
+    _check_joint(recipe)
+    _check_judges(recipe)
+    _check_judge_evaluations(recipe)
     _check_engine(recipe)
     for key, stage in recipe.grpo_stages():
         _check_sampling(recipe, f"stages.{key}", stage)
@@ -34,6 +37,11 @@ def _check_domains_named(recipe: Recipe) -> None:
         "stages.student.weights": student.weights if student else {},
         "stages.student.shares": student.shares if student else {},
         "stages.student.teachers": student.teachers if student else {},
+        **{
+            f"stages.{key}.shares": stage.shares
+            for key, stage in recipe.stages_by_key().items()
+            if not isinstance(stage, OpdStage)
+        },
         **{f"stages.{key}.beta_by_domain": stage.beta_by_domain for key, stage in recipe.grpo_stages()},
     }
     for key, mapping in named.items():
@@ -44,6 +52,88 @@ def _check_domains_named(recipe: Recipe) -> None:
         for index, teacher in enumerate(teachers):
             if teacher.expert is not None and teacher.expert not in recipe.domains:
                 raise wrong(f"stages.student.teachers.{domain}[{index}].expert", known)
+
+
+def _check_joint(recipe: Recipe) -> None:
+    """Domains that an expert learns beside its own are there, once, and are nobody's own."""
+    experts = recipe.stages.experts
+    known = f"no such domain; the domains are {', '.join(recipe.domains)}"
+    owners: dict[str, str] = {}
+    for expert, others in experts.joint.items():
+        if expert not in recipe.domains:
+            raise wrong(f"stages.experts.joint.{expert}", known)
+        for index, domain in enumerate(others):
+            where = f"stages.experts.joint.{expert}[{index}]"
+            if domain not in recipe.domains:
+                raise wrong(where, known)
+            if domain in experts.joint:
+                raise wrong(where, f"{domain} has an expert of its own, which learns {experts.joint[domain]} beside it")
+            if domain in owners:
+                raise wrong(where, f"the expert of {owners[domain]} learns {domain} already")
+            owners[domain] = expert
+    named = {f"stages.experts.overrides.{domain}": domain for domain in experts.overrides}
+    student = recipe.stages.student
+    for taught, teachers in student.teachers.items() if student else ():
+        named |= {
+            f"stages.student.teachers.{taught}[{index}].expert": teacher.expert
+            for index, teacher in enumerate(teachers)
+            if teacher.expert is not None
+        }
+    for where, domain in named.items():
+        if domain in owners:
+            raise wrong(where, f"{domain} has no expert of its own: that of {owners[domain]} learns it")
+
+
+def _check_judges(recipe: Recipe) -> None:
+    """Judge domains judge a domain that is there; rewards ask judge domains, which themselves ask nobody."""
+    for name, domain in recipe.domains.items():
+        judged = domain.judging.domain if domain.judging is not None else None
+        if judged is not None:
+            where = f"domains.{name}.source.judging.domain"
+            if judged not in recipe.domains:
+                raise wrong(where, f"no such domain; the domains are {', '.join(recipe.domains)}")
+            if recipe.domains[judged].judging is not None:
+                raise wrong(where, f"{judged} is a judge domain itself; name one whose answers can be judged")
+        if domain.judging is not None and domain.environment is not None:
+            raise wrong(f"domains.{name}.environment", "a judge domain has none: a verdict is a single answer")
+        for index, judge, options in domain.actor_judges:
+            where = f"domains.{name}.reward[{index}].rubric"
+            if domain.judging is not None:
+                raise wrong(where, "a judge domain is rewarded for verdicts that are right, say by `exact`")
+            _check_judge(recipe, where, judge, options)
+
+
+def _check_judge_evaluations(recipe: Recipe) -> None:
+    """There are judge domains, with enough held out."""
+    judges = {name: domain for name, domain in recipe.domains.items() if domain.judging is not None}
+    for index, hook in enumerate(recipe.evaluation):
+        if hook.judge is None:
+            continue
+        if not judges:
+            raise wrong(
+                f"evaluation[{index}].judge", "there is no judge domain: make one with `source: {judging: ...}`"
+            )
+        for name, domain in judges.items():
+            if hook.judge.n > domain.holdout:
+                raise wrong(
+                    f"evaluation[{index}].judge.n",
+                    f"asks for {hook.judge.n} held-out problems; domains.{name}.holdout is {domain.holdout}",
+                )
+
+
+def _check_judge(recipe: Recipe, where: str, judge: str, options: Mapping[str, object]) -> None:
+    found = [name for name, one in recipe.domains.items() if one.judging is not None and one.judging.form == "single"]
+    if judge not in found:
+        kind = "no such domain" if judge not in recipe.domains else f"{judge} does not judge single answers"
+        there = f"the judge domains are {', '.join(found)}" if found else "make one with `source: {judging: ...}`"
+        raise wrong(f"{where}.judge.actor", f"{kind}; {there}")
+    config, criteria = recipe.domains[judge].judging, options.get("criteria")
+    assert config is not None
+    if "{criterion}" not in config.template and not (isinstance(criteria, list) and len(criteria) == 1):
+        raise wrong(
+            f"{where}.criteria",
+            f"domains.{judge}.source.judging.prompt shows no {{criterion}}: give exactly one here, or show it there",
+        )
 
 
 def _check_engine(recipe: Recipe) -> None:

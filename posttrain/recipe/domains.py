@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from posttrain.recipe.conversations import EnvironmentConfig
+from posttrain.recipe.judging import JudgingConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 
@@ -68,7 +69,13 @@ class GeneratorSource(Section):
     params: dict[str, Any] = {}
 
 
-SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations", "generator")
+class JudgingSource(Section):
+    """Problems of judging answers, of another domain or from a file of labels: what a judge of rubrics learns."""
+
+    judging: JudgingConfig
+
+
+SOURCE_KINDS = ("reasoning_gym", "jsonl", "dataset", "calculations", "generator", "judging")
 
 
 def _source_kind(value: Any) -> str:
@@ -84,7 +91,8 @@ Source = Annotated[
     | Annotated[JsonlSource, Tag("<jsonl>")]
     | Annotated[DatasetSource, Tag("<dataset>")]
     | Annotated[CalculationsSource, Tag("<calculations>")]
-    | Annotated[GeneratorSource, Tag("<generator>")],
+    | Annotated[GeneratorSource, Tag("<generator>")]
+    | Annotated[JudgingSource, Tag("<judging>")],
     Discriminator(
         _source_kind,
         custom_error_type="recipe",
@@ -152,6 +160,22 @@ class DomainConfig(Section):
             longest = self.longest_completion
             raise _wrong("environment.turn_tokens", f"must be at most max_new_tokens (a whole episode), {longest}")
         return self
+
+    @property
+    def judging(self) -> JudgingConfig | None:
+        """Of a judge domain, what it judges and how."""
+        return self.source.judging if isinstance(self.source, JudgingSource) else None
+
+    @property
+    def actor_judges(self) -> list[tuple[int, str, dict[str, Any]]]:
+        """Rubrics that the model itself judges: position in `reward`, judge domain, options."""
+        found = []
+        for index, spec in enumerate(self.reward):
+            options = spec.get("rubric", {}) if isinstance(spec, dict) else {}
+            judge = options.get("judge")
+            if isinstance(judge, dict) and isinstance(judge.get("actor"), str):
+                found.append((index, judge["actor"], options))
+        return found
 
     @property
     def efforts(self) -> list[Effort | None]:

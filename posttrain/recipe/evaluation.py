@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.recipe.judging import JudgeEvaluation
 from posttrain.recipe.section import Section, wrong
 
 Models = Literal["base", "experts", "student"]
@@ -40,10 +41,11 @@ class LmEvalEvaluation(Section):
 
 
 class EvaluationHook(Section):
-    """One evaluation. Exactly one of `holdout`, `lm_eval` and `function` says which."""
+    """One evaluation. Exactly one of `holdout`, `lm_eval`, `judge` and `function` says which."""
 
     holdout: HoldoutEvaluation | None = None
     lm_eval: LmEvalEvaluation | None = None
+    judge: JudgeEvaluation | None = None
     function: str | None = None
     """`package.module:function`, called with a `posttrain.stages.hooks.EvaluatedModel`; returns numbers by name."""
     after: list[Models] = Field(["base", "experts", "student"], min_length=1)
@@ -51,15 +53,19 @@ class EvaluationHook(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> EvaluationHook:
-        kinds = [name for name in ("holdout", "lm_eval", "function") if getattr(self, name) is not None]
+        kinds = [name for name in ("holdout", "lm_eval", "judge", "function") if getattr(self, name) is not None]
         if len(kinds) != 1:
-            raise wrong("", f"give exactly one of `holdout`, `lm_eval` and `function`, not {len(kinds)} of them")
+            raise wrong(
+                "", f"give exactly one of `holdout`, `lm_eval`, `judge` and `function`, not {len(kinds)} of them"
+            )
         return self
 
     @property
     def name(self) -> str:
         """How its results are called."""
-        return self.function or ("lm_eval" if self.lm_eval is not None else "holdout")
+        return self.function or next(
+            kind for kind in ("lm_eval", "judge", "holdout") if getattr(self, kind) is not None
+        )
 
     def wants(self, model: str) -> bool:
         """Whether the model of that stage is evaluated."""

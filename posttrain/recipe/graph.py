@@ -10,6 +10,7 @@ from posttrain.recipe.domains import (
     DomainConfig,
     GeneratorSource,
     JsonlSource,
+    JudgingSource,
     ReasoningGymSource,
 )
 from posttrain.recipe.evaluation import EvaluationHook
@@ -22,8 +23,10 @@ def stage_tree(recipe: Recipe) -> Tree:
     """base, below it every domain with its stages and gate, and the student with its teachers."""
     tree = Tree(Text(f"{recipe.name}: {_model(recipe)}, seed {recipe.seed}"))
     base = tree.add(Text(f"base: {_steps(recipe.stages.base) if recipe.stages.base else 'the initial weights'}"))
-    for name, domain in recipe.domains.items():
-        parent = base.add(Text(f"{name}: {_problems(domain)}"))
+    for name in recipe.experts:
+        domain, parent = recipe.domains[name], base
+        for learned in recipe.learned_by(name):
+            parent = parent.add(Text(f"{learned}: {_problems(recipe.domains[learned])}"))
         for stage in recipe.expert_stages(name):
             parent = parent.add(Text(f"expert/{name}/{stage.kind}: {_steps(stage)}"))
         parent.add(_gate(recipe.stages.experts.gate, domain))
@@ -34,7 +37,7 @@ def stage_tree(recipe: Recipe) -> Tree:
         steps = f"{student.steps:,} steps of {student.batch_size:,} samples of its own"
         node = base.add(Text(f"student: {student.divergence}, {steps}"))
         for name in recipe.domains:
-            for teacher in student.teachers_of(name):
+            for teacher in recipe.teachers_of(name):
                 node.add(Text(f"teacher: {_teacher(recipe, teacher, name)}{_weights(recipe, name)}"))
     for hook in recipe.evaluation:
         models = "every model" if len(hook.after) == 3 else ", ".join(hook.after)
@@ -47,6 +50,8 @@ def _evaluation(hook: EvaluationHook) -> str:
         answers = f"{hook.holdout.samples} answer{'s' if hook.holdout.samples > 1 else ''} each"
         domains = "of each domain (experts: their own)" if hook.holdout.own_domain else "of each domain"
         return f"{hook.holdout.n:,} held-out problems {domains}, {answers}"
+    if hook.judge is not None:
+        return f"{hook.judge.n:,} verdicts of each judge domain"
     return f"lm-eval's {', '.join(hook.lm_eval.tasks)}" if hook.lm_eval is not None else str(hook.function)
 
 
@@ -74,6 +79,8 @@ def _problems(domain: DomainConfig) -> str:
         origin = "calculations"
     elif isinstance(source, GeneratorSource):
         origin = source.generator
+    elif isinstance(source, JudgingSource):
+        origin = f"judging of {source.judging.domain or source.judging.labels}, {source.judging.form}"
     else:
         origin = source.jsonl if isinstance(source, JsonlSource) else source.dataset
     rewards = ", ".join(spec if isinstance(spec, str) else next(iter(spec)) for spec in domain.reward)

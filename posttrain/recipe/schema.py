@@ -19,6 +19,7 @@ from posttrain.recipe.evaluation import EvaluationHook, HoldoutEvaluation
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage, StagesConfig
+from posttrain.recipe.student import TeacherConfig
 
 WARM_START = "student/sft"
 """The name of the stage before the student's own, for recipes that have it."""
@@ -166,11 +167,31 @@ class Recipe(Section):
 
     def stage_names(self) -> list[str]:
         """The stages in the order in which they can run; also the names of the models that they give."""
-        experts = [f"expert/{domain}/{stage.kind}" for domain in self.domains for stage in self.expert_stages(domain)]
+        experts = [f"expert/{domain}/{stage.kind}" for domain in self.experts for stage in self.expert_stages(domain)]
         student = self.stages.student
         warm_start = [WARM_START] if student is not None and student.warm_start is not None else []
         return ["base", *experts, *warm_start, *(["student"] if student is not None else [])]
 
+    @property
+    def experts(self) -> list[str]:
+        """The domains that have an expert of their own."""
+        return [domain for domain in self.domains if self.expert_of(domain) == domain]
+
+    def expert_of(self, domain: str) -> str:
+        """The expert that learns a domain: its own, or the one that learns it beside another."""
+        joint = self.stages.experts.joint
+        return next((expert for expert, others in joint.items() if domain in others), domain)
+
+    def learned_by(self, expert: str) -> list[str]:
+        """The domains that an expert learns, its own first."""
+        return [expert, *self.stages.experts.joint.get(expert, [])]
+
     def expert_stages(self, domain: str) -> list[SftStage | GrpoStage]:
-        """The stages that grow the expert of `domain`, in order."""
-        return list(self.stages.experts.overrides.get(domain, self.stages.experts.per_domain))
+        """The stages that grow the expert that learns `domain`, in order."""
+        experts = self.stages.experts
+        return list(experts.overrides.get(self.expert_of(domain), experts.per_domain))
+
+    def teachers_of(self, domain: str) -> list[TeacherConfig]:
+        """Who teaches a domain to the student; by default the expert that learned it."""
+        named = self.stages.student.teachers if self.stages.student else {}
+        return named.get(domain) or [TeacherConfig(expert=self.expert_of(domain))]

@@ -9,7 +9,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from posttrain.recipe.conversations import ConversationsConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
-from posttrain.recipe.student import GuardsConfig, TeacherConfig, Teachers, experts_or_mapping, first_untaught
+from posttrain.recipe.student import GuardsConfig, Teachers, experts_or_mapping, first_untaught
+
+Shares = dict[str, Annotated[float, Field(gt=0)]]
 
 
 class OptimizerConfig(Section):
@@ -80,6 +82,8 @@ class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
     kind: Literal["sft"] = "sft"
+    shares: Shares = {}
+    """Of the domains that are learned together, among the examples; 1 for those not named."""
     steps: int = Field(100, ge=1)
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
@@ -124,6 +128,8 @@ class GrpoStage(Section):
     """Group-relative policy optimisation on verified rewards."""
 
     kind: Literal["grpo"]
+    shares: Shares = {}
+    """Of the domains that are learned together, among the prompts; 1 for those not named."""
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=2)
@@ -256,10 +262,6 @@ class OpdStage(Section):
                 raise _wrong(f"teachers.{domain}", f"nobody teaches in step {step} of {self.steps}")
         return self
 
-    def teachers_of(self, domain: str) -> list[TeacherConfig]:
-        """Who teaches a domain."""
-        return self.teachers.get(domain, [TeacherConfig(expert=domain)])
-
 
 class GateConfig(Section):
     """An expert must beat its parent by `min_gain` on its domain's selection problems."""
@@ -288,6 +290,8 @@ class ExpertsConfig(Section):
     per_domain: ExpertStages
     overrides: dict[str, ExpertStages] = {}
     """Another list of stages for single domains."""
+    joint: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    """Domains that the expert of another one learns and teaches beside its own; they have none of their own."""
     gate: GateConfig = GateConfig()
 
 

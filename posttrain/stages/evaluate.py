@@ -188,6 +188,7 @@ def _measure_mode(
     else:
         prompts = [encode_prompt(tokenizer, problem.messages, problem.mode) for problem in problems]
         answers = client.generate(prompts, sampling)
+    rewards.ask_through(client)
     everything = [(problem.id, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
     verdicts = iter(
         rewards.judge_all(

@@ -1,13 +1,15 @@
-"""Reinforcement learning of one expert on its domain's verified rewards."""
+"""Reinforcement learning of one expert on the rewards of its domain, or of several domains jointly."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
 from posttrain.data import Problem
 from posttrain.data.efforts import in_shares
 from posttrain.data.encoding import encode_prompt
+from posttrain.data.mixture import in_turn, share_of
 from posttrain.recipe.stages import GrpoStage
 from posttrain.stages.episodes import episodes_of, policy_messages
 from posttrain.stages.scoring import DomainRewards
@@ -54,19 +56,31 @@ def draw(work: Work, stage: str, domain: str, count: int) -> list[Problem]:
     return in_shares(drawn, modes)
 
 
-def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path, slot: int = 0) -> Path:
-    """Sample groups of answers, score them, learn from the differences; return the checkpoint."""
-    config = config.for_domain(domain)
+def draw_from(work: Work, stage: str, domains: list[str], count: int, shares: Mapping[str, float]) -> list[Problem]:
+    """As `draw`, of several domains in turn; what one of them has too few of comes again."""
+    if len(domains) == 1:
+        return draw(work, stage, domains[0], count)
+    drawn = {domain: draw(work, stage, domain, share_of(domain, domains, shares, count)) for domain in domains}
+    return in_turn(drawn, shares, count)
+
+
+def run_grpo(work: Work, name: str, config: GrpoStage, domains: list[str], start: Path, slot: int = 0) -> Path:
+    """Sample groups of answers, score them, learn from the differences; return the checkpoint.
+
+    Args:
+        domains: the expert's own first: the penalty's strength is that of this one.
+    """
+    config = config.for_domain(domains[0])
 
     def job(output: str) -> GrpoJob:
-        problems = draw(work, name, domain, config.steps * config.prompts_per_step)
+        problems = draw_from(work, name, domains, config.steps * config.prompts_per_step, config.shares)
         return GrpoJob(
             stage=name,
             config=config,
             checkpoint=str(start),
             output=output,
             prompts=prompts_of(work, problems),
-            max_new_tokens=work.recipe.domains[domain].longest_completion,
+            max_new_tokens=max(work.recipe.domains[domain].longest_completion for domain in domains),
             reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), problems, name, work.run.metrics),
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),

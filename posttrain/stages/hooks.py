@@ -1,4 +1,4 @@
-"""Evaluations beside the held-out problems, which a recipe hangs on its models: lm-eval's, and functions of the user's.
+"""Evaluations beside the held-out problems: lm-eval's tasks, the model as a judge, and functions of the user's.
 
 A hook that fails says so in the log, and the run goes on: hours of training are not lost to an evaluation.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from posttrain.stages.serving import Served
+    from posttrain.stages.work import Work
     from rollouts.pool import RolloutClient
 
 
@@ -90,7 +91,7 @@ def run_hooks(served: Served, model: str) -> None:
     for name, hook in due:
         began = time.monotonic()
         try:
-            metrics = numbers(_function_of(hook)(evaluated))
+            metrics = numbers(_function_of(hook, work)(evaluated))
         except Exception as error:  # the hook is the user's: it may fail in any way
             work.require_going_on()  # unless the workers were ended under it
             message = f"the evaluation {name} failed: {type(error).__name__}: {error}"
@@ -113,9 +114,14 @@ def named_hooks(recipe: Recipe) -> dict[str, EvaluationHook]:
     return found
 
 
-def _function_of(hook: EvaluationHook) -> Callable[[EvaluatedModel], Any]:
+def _function_of(hook: EvaluationHook, work: Work) -> Callable[[EvaluatedModel], Any]:
     if hook.function is not None:
         return import_function(hook.function, "evaluation")
+    if hook.judge is not None:
+        from posttrain.stages.judge_evaluation import evaluate_judges
+
+        n, directory = hook.judge.n, work.run.path / "judge"
+        return lambda model: evaluate_judges(model, work.recipe, work.domains, n, directory)
     config = hook.lm_eval
     assert config is not None
     from posttrain.stages.lm_eval_tasks import evaluate_tasks

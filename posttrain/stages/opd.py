@@ -28,7 +28,7 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
 
 def opd_job(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path], output: str) -> OpdJob:
     """What the trainer is asked to do."""
-    teachers = teachers_by_domain(work, config, experts)
+    teachers = teachers_by_domain(work, experts)
     problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in teachers}
     everything = [problem for group in problems.values() for problem in group]
     return OpdJob(
@@ -46,14 +46,14 @@ def opd_job(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
     )
 
 
-def teachers_by_domain(work: Work, config: OpdStage, experts: dict[str, Path]) -> dict[str, list[Teacher]]:
+def teachers_by_domain(work: Work, experts: dict[str, Path]) -> dict[str, list[Teacher]]:
     """Who teaches each domain, without the experts that their gates dropped; a domain without a teacher is left out."""
     found = {}
     for domain in work.recipe.domains:
         teachers = [
             Teacher(teacher.name, str(experts[teacher.expert]) if teacher.expert else str(teacher.checkpoint),
                     teacher.weight, teacher.expert is None, teacher.first_step, teacher.last_step)
-            for teacher in config.teachers_of(domain)
+            for teacher in work.recipe.teachers_of(domain)
             if teacher.expert is None or teacher.expert in experts
         ]  # fmt: skip
         if teachers:

@@ -12,10 +12,12 @@ from posttrain.data import DomainData, Problem
 from posttrain.data.efforts import in_effort, split_completion
 from posttrain.data.encoding import decode_completion
 from posttrain.data.tokenizer import load_tokenizer
+from posttrain.errors import BadInput
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 from posttrain.recipe.domains import Effort
-from rewards import Answer, RewardResult, Scorer, build, check
+from posttrain.stages.judging import Client, Judge
+from rewards import Answer, JudgeRequest, RewardResult, Scorer, build, check
 from rollouts.types import FAILED
 
 
@@ -37,6 +39,7 @@ class DomainRewards:
         stage: str = "",
         log: MetricsLog | None = None,
     ) -> None:
+        self.recipe = recipe
         domains = recipe.domains.items()
         self.specs = {(name, effort): config.rewards(effort) for name, config in domains for effort in config.efforts}
         self.conversing = {name for name, config in domains if config.environment is not None}
@@ -45,9 +48,21 @@ class DomainRewards:
         self.stage = stage
         self.log = log
         self.told = False
+        self._judges: dict[str, Judge] = {}
+        """By their domains, once there is a model to ask."""
+
+    def ask_through(self, client: Client, name: str | None = None) -> None:
+        """Have rubrics that the model judges asked of the weights that `client` serves; `name`: see `Judge`."""
+        asked = {judge for domain in self.recipe.domains.values() for _, judge, _ in domain.actor_judges}
+        self._judges = {judge: Judge(self.recipe, judge, self._tokenizer, client, name) for judge in sorted(asked)}
+
+    def _ask(self, judge: str, votes: int, requests: Sequence[JudgeRequest]) -> Sequence[Sequence[float] | Exception]:
+        if judge not in self._judges:
+            raise RuntimeError("there is no model to ask")
+        return self._judges[judge].grades(votes, requests)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("specs", "conversing", "tokenizer_path", "problems", "stage", "log", "told")
+        kept = ("recipe", "specs", "conversing", "tokenizer_path", "problems", "stage", "log", "told")
         return {key: self.__dict__[key] for key in kept}
 
     @cached_property
@@ -56,19 +71,20 @@ class DomainRewards:
 
     @cached_property
     def _scorers(self) -> dict[tuple[str, Effort | None], Scorer]:
-        return {key: build(specs, f"domains.{key[0]}.reward") for key, specs in self.specs.items()}
+        return {key: build(specs, f"domains.{key[0]}.reward", self._ask) for key, specs in self.specs.items()}
 
     def judge(self, problem_id: str, token_ids: Sequence[int], finish_reason: str) -> tuple[str, RewardResult]:
-        """The text of one completion, with its reasoning, and the score of its answer.
-
-        Of an episode, `token_ids` are what the model sampled.
-        """
+        """As `judge_all`, of one completion."""
         return self.judge_all([problem_id], [token_ids], [finish_reason])[0]
 
     def judge_all(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
     ) -> list[tuple[str, RewardResult]]:
-        """As `judge`, of many completions: programs among them run side by side, a judge sees all at once."""
+        """For each completion its text, with its reasoning, and the score of its answer.
+
+        Of an episode, `completion_ids` are what the model sampled. Answers of a domain in a mode are scored together:
+        programs among them run side by side, a judge sees all at once.
+        """
         texts: list[str] = []
         results: dict[int, RewardResult] = {}
         asked: dict[tuple[str, Effort | None], dict[int, Answer]] = {}
@@ -133,3 +149,6 @@ def check_rewards(recipe: Recipe, domains: Mapping[str, DomainData]) -> None:
         for effort in config.efforts:
             problem = in_effort(data.train[0], effort, config.modes[effort]) if effort else data.train[0]
             check(build(config.rewards(effort), where), problem, where)
+        if config.actor_judges:
+            for complaint in build(config.reward, where).unfit([*data.train, *data.selection, *data.holdout]).items():
+                raise BadInput(f"{where}: the problem {complaint[0]} cannot be judged: {complaint[1]}")

@@ -11,6 +11,7 @@ from posttrain.data import DomainData, Problem
 from posttrain.data.conversations import Conversation, ConversationFile, read_conversations
 from posttrain.data.efforts import in_shares, with_reasoning
 from posttrain.data.encoding import encode_conversation
+from posttrain.data.mixture import in_turn, share_of
 from posttrain.data.problems import split_key
 from posttrain.data.rows import labelled, sft_rows
 from posttrain.recipe import Recipe
@@ -27,12 +28,12 @@ Row = dict[str, list[int]]
 
 
 def run_sft(work: Work, name: str, config: SftStage, domains: list[str], start: Path, slot: int = 0) -> Path:
-    """Train on the reference answers of `domains` in equal parts, or on conversations, and return the checkpoint."""
+    """Train on the reference answers of `domains` in their shares, or on conversations, and return the checkpoint."""
 
     def job(output: str) -> SftJob:
         count = config.steps * config.batch_size
         if config.conversations is None:
-            rows = [_problem_row(work, problem) for problem in draw_examples(work, name, domains, count)]
+            rows = [_problem_row(work, problem) for problem in draw_examples(work, name, domains, count, config.shares)]
         else:
             rows = _conversation_rows(work, name, config, count)
         return SftJob(stage=name, config=config, checkpoint=str(start), output=output, rows=rows)
@@ -46,16 +47,17 @@ def _problem_row(work: Work, problem: Problem) -> Row:
     return sft_rows(work.tokenizer, [problem])[0]
 
 
-def draw_examples(work: Work, stage: str, domains: list[str], count: int) -> list[Problem]:
+def draw_examples(
+    work: Work, stage: str, domains: list[str], count: int, shares: Mapping[str, float] | None = None
+) -> list[Problem]:
     """`count` training problems, the domains in turn, each problem as seldom as possible, modes in their shares."""
     order = Random(f"{work.recipe.seed}/{stage}")
-    share = -(-count // len(domains))
-    drawn = []
+    drawn = {}
     for domain in domains:
         config = work.recipe.domains[domain]
-        picked = _repeated(work.domains[domain].train, share, order)
-        drawn.append(with_reasoning(in_shares(picked, config.modes), config))
-    return [problem for group in zip(*drawn, strict=True) for problem in group][:count]
+        picked = _repeated(work.domains[domain].train, share_of(domain, domains, shares or {}, count), order)
+        drawn[domain] = with_reasoning(in_shares(picked, config.modes), config)
+    return in_turn(drawn, shares or {}, count)
 
 
 def _repeated(items: list[Item], count: int, order: Random) -> list[Item]:

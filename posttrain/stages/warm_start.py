@@ -41,7 +41,7 @@ def run_warm_start(work: Work, name: str, config: OpdStage, start: Path, experts
 def answering(work: Work, config: OpdStage, experts: Mapping[str, Path]) -> dict[str, Path]:
     """Whose answers a domain is learned from: of its teachers that the run has trained, the one of the most weight."""
     found = {}
-    for domain, teachers in teachers_by_domain(work, config, dict(experts)).items():
+    for domain, teachers in teachers_by_domain(work, dict(experts)).items():
         if own := [teacher for teacher in teachers if not teacher.outside]:
             found[domain] = Path(max(own, key=lambda teacher: teacher.weight).checkpoint)
     return found

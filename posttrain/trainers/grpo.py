@@ -32,7 +32,7 @@ from posttrain.optim import build_optimizer
 from posttrain.recipe.stages import GrpoStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Ask, Client, Group, RolloutGeneration, Sampled, means_by_effort
-from posttrain.trainers.jobs import GrpoJob, Reward
+from posttrain.trainers.jobs import GrpoJob, Reward, bind_reward
 from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import frozen_router
@@ -114,10 +114,10 @@ class RewardColumn:
         groups = self.groups()
         if [group.prompt.problem_id for group in groups for _ in group.rewards] != problem_id:
             raise RunFailed("TRL scores other rows than those of the batch that was drawn")
-        parts = [part for group in groups for part in group.reward_parts]
-        for name in sorted({name for part in parts for name in part}):
-            values = [part[name] for part in parts if name in part]
-            self.progress.add(f"reward/{name}", sum(values) / len(values))
+        self._add_parts("reward", groups)
+        domains = sorted({group.prompt.domain for group in groups})
+        for domain in domains if len(domains) > 1 else ():
+            self._add_parts(f"reward/{domain}", [group for group in groups if group.prompt.domain == domain])
         self.progress.add("seconds_reward", self._seconds)
         self._seconds = 0.0
         rewards = [reward for group in groups for reward in group.rewards]
@@ -130,6 +130,13 @@ class RewardColumn:
         if failed == len(rewards):
             raise RunFailed(f"the reward failed on all {failed} answers of a step; the first failure is in the log")
         return without_gaps(rewards, len(groups[0].rewards))
+
+    def _add_parts(self, prefix: str, groups: Sequence[Group]) -> None:
+        """Log the mean of each part of the reward."""
+        parts = [part for group in groups for part in group.reward_parts]
+        for name in sorted({name for part in parts for name in part}):
+            values = [part[name] for part in parts if name in part]
+            self.progress.add(f"{prefix}/{name}", sum(values) / len(values))
 
 
 def informs(rewards: Sequence[float]) -> bool:
@@ -220,6 +227,7 @@ def train_grpo(
 ) -> Sampled:
     """Train `model` in place; return what is to be known of the sampling."""
     config = job.config
+    bind_reward(job.reward, client, job.stage)
     column = RewardColumn(job.reward, progress)
     generation = RolloutGeneration(
         client=with_episodes(client, job.episodes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
@@ -38,6 +38,20 @@ class Reward(Protocol):
     def __call__(
         self, problem_ids: Sequence[str], completion_ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]
     ) -> tuple[list[float], list[dict[str, float]]]: ...
+
+
+@runtime_checkable
+class AsksModel(Protocol):
+    """A reward that may ask the model itself."""
+
+    def ask_through(self, client: Any, name: str) -> None:
+        """From here on `client` serves the model; ids of requests begin with `name`."""
+
+
+def bind_reward(reward: Reward | None, client: Any, stage: str) -> None:
+    """Have a stage's reward ask the stage's own rollout workers, if it asks the model at all."""
+    if isinstance(reward, AsksModel):
+        reward.ask_through(client, f"{stage}/judge")
 
 
 @dataclass(frozen=True)

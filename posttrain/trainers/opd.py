@@ -34,7 +34,7 @@ from posttrain.trainers.asking import Asking, Taught, Teachers
 from posttrain.trainers.auxiliary import auxiliary_objectives
 from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sampled, means_by_effort
 from posttrain.trainers.grpo import placeholders
-from posttrain.trainers.jobs import OpdJob, Reward
+from posttrain.trainers.jobs import OpdJob, Reward, bind_reward
 from posttrain.trainers.mismatch import LogprobDifference
 from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
 from posttrain.trainers.models import distillation_obstacle
@@ -206,6 +206,7 @@ def train_opd(
     Raises BadInput when a teacher is missing or has another vocabulary.
     """
     check_teachers(model, tokenizer, job, teachers)
+    bind_reward(job.reward, client, job.stage)
     config, domains = job.config, sorted(job.prompts)
     asking = Asking(job, teachers, progress)
     mixing = Mixing(config, domains, progress)

@@ -51,7 +51,7 @@ def _hooks(events: list[dict[str, Any]]) -> Markup | None:
         for event in events
         for name, value in event["metrics"].items()
     ]
-    note = "functions of the recipe, and tasks of lm-eval"
+    note = "functions of the recipe, tasks of lm-eval, and the model as a judge"
     return data_table("Other evaluations", note, ["model", "evaluation", "metric", "value"], rows) if rows else None
 
 

@@ -16,6 +16,7 @@ import psutil
 
 from posttrain.errors import BadInput, RunFailed
 from posttrain.interrupts import ignored
+from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -232,4 +233,7 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
     engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads, recipe.model.kernels)
     log = run_directory / "rollouts" if run_directory is not None else None
     caps = {name: domain.max_running for name, domain in recipe.domains.items() if domain.max_running is not None}
-    cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker, log, domain_running=caps)
+    metrics = MetricsLog(run_directory / "metrics.jsonl") if run_directory is not None else None
+    cluster.pool = RolloutPool(
+        engines, settings.rollout_workers, settings.gpus_per_worker, log, domain_running=caps, metrics=metrics
+    )

@@ -248,6 +248,18 @@ def read_state(path: str | Path) -> RunState:
         raise BadInput(f"{path / 'state.json'}: damaged: {str(error).splitlines()[0]}") from error
 
 
+def driver_of(path: str | Path) -> int | None:
+    """The process that drives the run in `path`, None when there is none on this machine."""
+    try:
+        process = int((Path(path) / "lock").read_text())
+        os.kill(process, 0)
+    except PermissionError:  # it is another user's
+        return process
+    except (OSError, ValueError):
+        return None
+    return process
+
+
 def find_run(run: str | None, root: str | Path) -> Path:
     """The directory that `run` names: a path, a name in `root`, or for None the newest run there.
 

@@ -21,6 +21,8 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
                        generators_idle (shares of the time), off_policy (as `posttrain.trainers.mismatch.Ages` says)
     dashboard          address
     weights_published  stage, version, seconds
+    queues             waiting, running (samples), ready_groups, workers, deaths, tokens_per_second, generators_idle:
+                       how the rollout service stands, every few seconds while it works
     resources          peak_rss_bytes, peak_pss_bytes, rss_bytes, pss_bytes, peak_by_process_kind, cpu_seconds
     sample             model, domain, prompt, completion, reference, correct
     warning            message, stage

@@ -12,10 +12,9 @@ from posttrain.observe.page.accuracy import accuracy_section
 from posttrain.observe.page.cost import cost_section
 from posttrain.observe.page.curves import curves_section
 from posttrain.observe.page.markup import Markup, element, joined
-from posttrain.observe.page.parts import absent, section
+from posttrain.observe.page.parts import absent, document, section
 from posttrain.observe.page.pipeline import pipeline_section
 from posttrain.observe.page.rollout import rollout_section
-from posttrain.observe.page.style import STYLE
 from posttrain.observe.runview import RunView
 from posttrain.observe.words import duration, number, percent, size
 from posttrain.recipe.document import RecipeDumper
@@ -24,7 +23,6 @@ SAMPLE_PROMPTS = 3
 """Prompts shown for each domain: the first that were recorded, whatever came of them."""
 SAMPLE_CHARACTERS = 1500
 STATUS_TONES = {"finished": "good", "failed": "bad"}
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render_page(report: dict[str, Any], view: RunView) -> str:
@@ -39,23 +37,8 @@ def render_page(report: dict[str, Any], view: RunView) -> str:
         samples_section(view, domains),
         reproduce_section(report),
     ]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{report['name']}: post-training report"),
-        element("style", Markup(STYLE)),
-    )
-    footer = element(
-        "footer",
-        f"Written by posttrain on {time.strftime('%Y-%m-%d %H:%M')} · report schema {report['schema']}",
-        class_="wrap",
-    )
-    body = element(
-        "body", element("div", _header(report), class_="wrap"), element("main", sections, class_="wrap"), footer
-    )
-    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+    footer = f"Written by posttrain on {time.strftime('%Y-%m-%d %H:%M')} · report schema {report['schema']}"
+    return document(f"{report['name']}: post-training report", _header(report), sections, footer)
 
 
 def _header(report: dict[str, Any]) -> Markup:

@@ -51,6 +51,8 @@ section { padding: 32px 0 6px; }
 }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 
+.skip { position: absolute; left: -9999px; }
+.skip:focus { left: 12px; top: 12px; background: var(--card); padding: 8px 14px; border-radius: 8px; z-index: 1; }
 header.top { padding: 40px 0 8px; }
 .title { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; margin-bottom: 4px; }
 .pill { border-radius: 99px; padding: 2px 12px; font-size: .86rem; font-weight: 600; }
@@ -138,6 +140,7 @@ th, td { white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 600; font-size: .84rem; }
 th:first-child { text-align: left; }
 tbody th { font-weight: 500; }
+tbody .wraps { white-space: normal; overflow-wrap: anywhere; }
 td small { color: var(--muted); display: block; font-size: .8rem; font-weight: 400; }
 td.own { background: var(--soft); font-weight: 650; }
 
@@ -177,7 +180,9 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 24px; padding-bott
 }
 @media (max-width: 560px) {
   .wrap { padding: 0 16px; }
-  header.top { padding-top: 24px; }
+  .skip { position: absolute; left: -9999px; }
+.skip:focus { left: 12px; top: 12px; background: var(--card); padding: 8px 14px; border-radius: 8px; z-index: 1; }
+header.top { padding-top: 24px; }
   h1 { font-size: 1.6rem; }
   .card { padding: 14px; }
   .tiles .value { font-size: 1.3rem; }

@@ -17,7 +17,7 @@ once (section 5.2.2 of the report).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ class TeacherReport:
     top1_agreement: float
     student_entropy: float
     teacher_entropy: float
+    divergence_N: Tensor = field(compare=False, repr=False)
+    """At each position."""
 
 
 def one_head_at_a_time(
@@ -195,5 +197,6 @@ def _term(
         top1_agreement=found.same_top_N.float().mean().item(),
         student_entropy=found.student_entropy_N.mean().item(),
         teacher_entropy=found.teacher_entropy_N.mean().item(),
+        divergence_N=found.value_N,
     )
     return report, found.student_gradient_NH, found.head_gradient_VH

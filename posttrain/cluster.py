@@ -38,6 +38,8 @@ class Cluster:
 
     recipe: Recipe
     dashboard: str | None = None
+    metrics: str | None = None
+    """Where Prometheus finds the metrics of this machine's processes."""
     trainers: list[Any] = field(default_factory=list)
     pool: RolloutPool | None = None
     _teachers: TeacherPool | None = None
@@ -104,6 +106,7 @@ def start_cluster(recipe: Recipe, engine_description: Path, run_directory: Path 
     try:
         address = _connect(recipe).get("webui_url")
         cluster.dashboard = f"http://{address}" if address else None
+        cluster.metrics = _metrics_address()
         _check_gpus(recipe, trainers=run_directory is not None)
         _start_actors(cluster, engine_description, run_directory)
         yield cluster
@@ -169,6 +172,14 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
         raise KeyboardInterrupt from None  # what Ray's own handler of SIGTERM does
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # `ray.init` has put its own in place
+
+
+def _metrics_address() -> str | None:
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["NodeID"] == here and node.get("MetricsExportPort")]
+    return f"http://{nodes[0]['NodeManagerAddress']}:{nodes[0]['MetricsExportPort']}/metrics" if nodes else None
 
 
 def _check_gpus(recipe: Recipe, trainers: bool) -> None:

@@ -4,6 +4,7 @@ runs/<name>/
     recipe.yaml      resolved recipe
     state.json       which stages are done; what `posttrain resume` goes by
     metrics.jsonl    what happened, step by step (posttrain.observe.metrics)
+    traces.jsonl     a few samples token by token (posttrain.trainers.traces)
     log.txt  tokenizer/  checkpoints/<stage, `--` for `/`>/  report.json  report.html
 """
 

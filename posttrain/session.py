@@ -150,6 +150,6 @@ def describe_engine(recipe: Recipe, checkpoint: Path, directory: Path) -> None:
 def _announce(cluster: Cluster, run: RunDirectory) -> None:
     """Ray's dashboard: the plain lines show the event, the live table does not."""
     if cluster.dashboard:
-        run.append_event({"event": "dashboard", "address": cluster.dashboard})
+        run.append_event({"event": "dashboard", "address": cluster.dashboard, "metrics": cluster.metrics})
         if sys.stdout.isatty():
             print(f"Ray's dashboard: {cluster.dashboard}")

@@ -212,5 +212,10 @@ def record_time(record: Record) -> float:
     return float(time) if is_number(time) else 0.0
 
 
+def active_seconds(attempts: list[tuple[float, float]], time: float) -> float:
+    """Seconds that the run had been working at `time`: pauses between attempts do not count."""
+    return sum(max(0.0, min(end, time) - start) for start, end in attempts)
+
+
 def _whole(value: Any) -> int:
     return int(value) if is_number(value) else 0

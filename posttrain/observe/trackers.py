@@ -66,8 +66,10 @@ class Trackio:
 
     def close(self) -> None:
         """See `Tracker`."""
+        import trackio
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()
 
 
 class WeightsAndBiases:

@@ -47,6 +47,14 @@ def test_a_comparison_has_every_accuracy_with_the_interval_of_its_difference(run
     assert low < 0 < high
 
 
+def test_modes_are_compared_as_well(tmp_path: Path) -> None:
+    modes = {"high": {"pass@1": 0.75, "n": 64, "ci95": list(binomial_interval(48, 64))}}
+    event = {"time": 1.0, "event": "evaluated", "model": "base", "domain": "letters", "pass@1": 0.5, "n": 64}
+    paths = [write_run(tmp_path / name, [{**event, "modes": modes}]) for name in ("a", "b")]
+    rows = {(row["model"], row["domain"]): row["differences"][0]["value"] for row in compare(paths)["accuracy"]}
+    assert rows == {("base", "letters"): 0.0, ("base", "letters, high"): 0.0}
+
+
 def test_it_names_the_keys_of_the_recipe_that_differ_and_no_other(runs: tuple[Path, Path]) -> None:
     assert compare(runs)["recipe"] == [{"key": "stages.base.steps", "values": [120, 60]}]
     documents = [{"a": [1, {"b": 2}], "name": "x"}, {"a": [1, {"b": True}, 3], "name": "y", "c": {}}]

@@ -249,7 +249,9 @@ def test_a_sampler_of_another_model_ends_the_run() -> None:
 
 
 def test_the_best_and_the_worst_answer_of_a_group_are_written_down_token_by_token(tmp_path: Path) -> None:
-    stage = GrpoStage(steps=2, prompts_per_step=2, group_size=4, beta=0.1, optimizer=OptimizerConfig(lr=1e-3))
+    stage = GrpoStage(
+        kind="grpo", steps=2, prompts_per_step=2, group_size=4, beta=0.1, optimizer=OptimizerConfig(lr=1e-3)
+    )
     progress = Progress(Recorder(), "expert/d/grpo", 2, 1, MetricsLog(tmp_path / "traces.jsonl"))
     model = tiny_model(0)
     job = GrpoJob("expert/d/grpo", stage, "", "", prompts("d", TEXTS), 6, share_of_target)

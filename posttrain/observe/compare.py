@@ -66,11 +66,8 @@ def write_comparison(run_dirs: Sequence[str | Path]) -> tuple[Comparison, Path]:
 
 
 def _accuracy(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each model and domain that any of the runs evaluated."""
-    cells = [
-        {(model["name"], domain): cell for model in report["models"] for domain, cell in model["eval"].items()}
-        for report in reports
-    ]
+    """A row for each model and domain that any of the runs evaluated, and for each mode of it."""
+    cells = [_cells(report) for report in reports]
     rows = []
     for key in dict.fromkeys(key for found in cells for key in found):
         own = [found.get(key) for found in cells]
@@ -83,6 +80,16 @@ def _accuracy(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _cells(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    found = {}
+    for model in report["models"]:
+        for domain, cell in model["eval"].items():
+            found[model["name"], domain] = cell
+            for effort, part in cell.get("modes", {}).items():
+                found[model["name"], f"{domain}, {effort}"] = part
+    return found
 
 
 def _difference(first: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> dict[str, Any] | None:

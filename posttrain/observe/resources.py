@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from posttrain.observe.metrics import MetricsLog
 
@@ -121,7 +122,7 @@ class ResourceMonitor:
         if self._log is not None and processes:
             self._log.event("resources", **self.fields())
 
-    def fields(self) -> dict[str, float | dict[str, int]]:
+    def fields(self) -> dict[str, Any]:
         """What a `resources` event holds: bytes and seconds."""
         return {
             "rss_bytes": self._rss_bytes,

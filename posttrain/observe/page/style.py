@@ -166,7 +166,7 @@ figure.wide .timeline li { grid-template-columns: 210px 1fr 74px; }
 }
 .sample dt { color: var(--muted); font-size: .86rem; overflow-wrap: anywhere; }
 .sample dd { margin: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: 2px 20px; align-items: baseline; }
-.trace { margin: 0 0 12px; }
+.trace { margin: 0 0 10px; padding: 10px 16px; }
 .trace summary { font-weight: 500; }
 .trace > pre { margin-bottom: 12px; }
 .tokens { font: .95rem/1.9 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; max-width: none; }

@@ -67,11 +67,12 @@ class GrpoTrainer(GroupRelativeTrainer):
             self._trace(batch)
 
     def _trace(self, batch: Batch) -> None:
-        """Write down the best and the worst answer of the batch's first group."""
+        """Write down the best answer of the batch's first group, and the worst if it earned less."""
         group = self.rollouts.groups[0]
         known = [row for row, reward in enumerate(group.rewards) if not math.isnan(reward)]
         order = sorted(known, key=lambda row: group.rewards[row])
-        for row in dict.fromkeys([order[-1], order[0]] if order else []):
+        worst = [row for row in order[:1] if group.rewards[row] < group.rewards[order[-1]]]
+        for row in [*order[-1:], *worst]:
             logps_T = batch["old_per_token_logps"][row, : len(group.completions[row].token_ids)].double().cpu()
             kl = None
             if "ref_per_token_logps" in batch:  # k3, as in the loss

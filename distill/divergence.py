@@ -17,7 +17,7 @@ once (section 5.2.2 of the report).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -111,6 +111,8 @@ class TeacherReport:
     teacher_entropy: float
     reverse_kl: float
     """KL(student || teacher) at temperature 1, whatever the objective: what different objectives can be compared by."""
+    divergence_N: Tensor = field(compare=False, repr=False)
+    """At each position."""
 
 
 def one_head_at_a_time(
@@ -199,5 +201,6 @@ def _term(
         student_entropy=found.student_entropy_N.mean().item(),
         teacher_entropy=found.teacher_entropy_N.mean().item(),
         reverse_kl=reverse_N.mean().item(),
+        divergence_N=found.value_N,
     )
     return report, found.student_gradient_NH, found.head_gradient_VH

@@ -146,6 +146,16 @@ def status(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
     render_status(find_run(run, runs_dir))
 
 
+@app.command()
+def watch(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
+    """Look on while a run goes on: a table on a terminal, lines in a pipe. Ctrl-C ends the looking, not the run."""
+    from posttrain.observe.watch import watch as look_on
+
+    path = find_run(run, runs_dir)
+    if not look_on(path):
+        print(f"nobody is running {path}; continue it with: posttrain resume {path}")
+
+
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.", show_default=False)],
@@ -175,11 +185,24 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
-    """Write report.json and report.html of a run again."""
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Directories or names. Default: the newest.", show_default=False),
+    ] = None,
+    runs_dir: RunsDirectory = RUNS,
+) -> None:
+    """Write report.json and report.html of a run again; of two runs or more: compare them with the first."""
+    if runs is not None and len(runs) > 1:
+        from posttrain.observe.compare import comparison_table, write_comparison
+
+        comparison, page = write_comparison([find_run(run, runs_dir) for run in runs])
+        _print_rich(comparison_table(comparison))
+        print(page)
+        return
     from posttrain.observe.report import write_report
 
-    page = write_report(find_run(run, runs_dir))
+    page = write_report(find_run(runs[0] if runs else None, runs_dir))
     print(f"{page.with_suffix('.json')}\n{page}")
 
 
@@ -270,14 +293,19 @@ def _make_local_modules_importable() -> None:
 
 
 def _show(recipe: Recipe) -> None:
-    """Print the resolved recipe and its stages; on a pipe without colours and in whole lines."""
-    from rich.console import Console
-
+    """Print the resolved recipe and its stages."""
     from posttrain.recipe.graph import stage_tree
 
     print(resolved_yaml(recipe))
+    _print_rich(stage_tree(recipe))
+
+
+def _print_rich(content: Any) -> None:
+    """On a pipe without colours and in whole lines."""
+    from rich.console import Console
+
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
-    console.print(stage_tree(recipe))
+    console.print(content)
 
 
 def _print_accuracies(results: dict[str, dict[str, Any]]) -> None:

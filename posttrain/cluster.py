@@ -16,6 +16,7 @@ import psutil
 
 from posttrain.errors import BadInput, RunFailed
 from posttrain.interrupts import ignored
+from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Cluster:
 
     recipe: Recipe
     dashboard: str | None = None
+    metrics: str | None = None
+    """Where Prometheus finds the metrics of this machine's processes."""
     trainers: list[Any] = field(default_factory=list)
     pool: RolloutPool | None = None
     _teachers: TeacherPool | None = None
@@ -104,6 +107,7 @@ def start_cluster(recipe: Recipe, engine_description: Path, run_directory: Path 
     try:
         address = _connect(recipe).get("webui_url")
         cluster.dashboard = f"http://{address}" if address else None
+        cluster.metrics = _metrics_address()
         _check_gpus(recipe, trainers=run_directory is not None)
         _start_actors(cluster, engine_description, run_directory)
         yield cluster
@@ -171,6 +175,14 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
         signal.signal(signal.SIGTERM, on_sigterm)  # `ray.init` has put its own in place
 
 
+def _metrics_address() -> str | None:
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["NodeID"] == here and node.get("MetricsExportPort")]
+    return f"http://{nodes[0]['NodeManagerAddress']}:{nodes[0]['MetricsExportPort']}/metrics" if nodes else None
+
+
 def _check_gpus(recipe: Recipe, trainers: bool) -> None:
     """Ray would wait for ever for what its machines do not have."""
     import ray
@@ -234,4 +246,7 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
     engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads, recipe.model.kernels)
     log = run_directory / "rollouts" if run_directory is not None else None
     caps = {name: domain.max_running for name, domain in recipe.domains.items() if domain.max_running is not None}
-    cluster.pool = RolloutPool(engines, settings.rollout_workers, settings.gpus_per_worker, log, domain_running=caps)
+    metrics = MetricsLog(run_directory / "metrics.jsonl") if run_directory is not None else None
+    cluster.pool = RolloutPool(
+        engines, settings.rollout_workers, settings.gpus_per_worker, log, domain_running=caps, metrics=metrics
+    )

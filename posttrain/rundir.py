@@ -4,6 +4,7 @@ runs/<name>/
     recipe.yaml      resolved recipe
     state.json       which stages are done; what `posttrain resume` goes by
     metrics.jsonl    what happened, step by step (posttrain.observe.metrics)
+    traces.jsonl     a few samples token by token (posttrain.trainers.traces)
     log.txt  tokenizer/  checkpoints/<stage, `--` for `/`>/  report.json  report.html
 """
 
@@ -246,6 +247,18 @@ def read_state(path: str | Path) -> RunState:
         if re.search(r'"schema":\s*(?!1\b)\d+', text):
             raise BadInput(f"{path}: state.json was written by another version of posttrain; use that one") from None
         raise BadInput(f"{path / 'state.json'}: damaged: {str(error).splitlines()[0]}") from error
+
+
+def driver_of(path: str | Path) -> int | None:
+    """The process that drives the run in `path`, None when there is none on this machine."""
+    try:
+        process = int((Path(path) / "lock").read_text())
+        os.kill(process, 0)
+    except PermissionError:  # it is another user's
+        return process
+    except (OSError, ValueError):
+        return None
+    return process
 
 
 def find_run(run: str | None, root: str | Path) -> Path:

@@ -19,6 +19,8 @@ from posttrain.observe.environment import describe_environment
 from posttrain.observe.progress import LiveProgress
 from posttrain.observe.report import write_report
 from posttrain.observe.resources import ResourceMonitor
+from posttrain.observe.trackers import check_trackers
+from posttrain.observe.tracking import Tracking
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory, RunStatus
 
@@ -61,7 +63,8 @@ def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
             from posttrain.stages.work import Work
 
             _announce(cluster, run)
-            yield Work(recipe, run, domains, tokenizer, cluster), initial
+            with Tracking(run.path, recipe):
+                yield Work(recipe, run, domains, tokenizer, cluster), initial
 
 
 def _environment(recipe: Recipe) -> dict[str, object]:
@@ -116,6 +119,7 @@ def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], 
     domains = load_domains(recipe)
     check_rewards(recipe, domains)
     check_hooks(recipe)
+    check_trackers(recipe)
     tokenizer = tokenizer_for(recipe, run)
     check_data(recipe, tokenizer, domains)
     initial = initial_checkpoint(recipe, run, tokenizer)
@@ -149,6 +153,6 @@ def describe_engine(recipe: Recipe, checkpoint: Path, directory: Path) -> None:
 def _announce(cluster: Cluster, run: RunDirectory) -> None:
     """Ray's dashboard: the plain lines show the event, the live table does not."""
     if cluster.dashboard:
-        run.append_event({"event": "dashboard", "address": cluster.dashboard})
+        run.append_event({"event": "dashboard", "address": cluster.dashboard, "metrics": cluster.metrics})
         if sys.stdout.isatty():
             print(f"Ray's dashboard: {cluster.dashboard}")

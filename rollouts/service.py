@@ -28,10 +28,12 @@ from ray.exceptions import RayActorError
 
 from posttrain.errors import RunFailed
 from posttrain.files import atomic_write
+from posttrain.observe.metrics import MetricsLog
 from rollouts.fleet import Fleet, FleetStats, Slot, Weights
 from rollouts.lanes import LaneWeights
 from rollouts.log.compaction import LogKeeper
 from rollouts.log.reader import Recovered, RecoveredRequest, recover
+from rollouts.monitor import MONITOR_SECONDS, Monitor, Queues
 from rollouts.recovery import continued, read_attempts, recovered_progress
 from rollouts.scheduler import Ended, Lane, Limits, Progress, Scheduler
 from rollouts.settings import EngineInfo, EngineSettings
@@ -78,6 +80,8 @@ class ServiceSettings:
     """See `Limits.deaths`."""
     domain_running: Mapping[str, int] = field(default_factory=dict)
     """See `Limits.domain_running`."""
+    metrics: MetricsLog | None = None
+    """Where to write how things stand (`rollouts.monitor`); default: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -401,6 +405,8 @@ class RolloutService:
         resized = self._directory / RESIZED
         self._fleet.resize(int(resized.read_text()) if resized.exists() else self.settings.workers)
         self._compacting = asyncio.create_task(self._compact())
+        if self.settings.metrics is not None:
+            self._monitoring = asyncio.create_task(self._monitor(Monitor(self.settings.metrics)))
         await self._until(lambda: all(slot.ready.is_set() for slot in self._fleet.slots.values()))
         assert self._fleet.info is not None
         return self._fleet.info
@@ -424,6 +430,19 @@ class RolloutService:
             except RunFailed as error:
                 self.failed(error)
                 return
+
+    async def _monitor(self, monitor: Monitor) -> None:
+        while True:
+            await asyncio.sleep(MONITOR_SECONDS)
+            stats, slots = await self.service_stats(), self._fleet.slots.values()
+            queues = Queues(stats.waiting, stats.running, stats.ready_groups, len(stats.ready), stats.deaths)
+            reports = {
+                slot.index: (slot.worker.pid, slot.beat)
+                for slot in slots
+                if slot.worker is not None and slot.beat is not None
+            }
+            with suppress(OSError):  # must not stop the run
+                monitor.observe(queues, reports)
 
     async def _acknowledge(self, attempts: dict[str, int]) -> None:
         async with self._keeping:

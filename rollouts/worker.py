@@ -93,6 +93,8 @@ class Report:
     version: int | None
     failure: str | None
     """The traceback of the engine's thread, which has ended."""
+    idle_seconds: float
+    """Time since the start in which the engine's thread waited for something to do."""
 
 
 class RolloutWorker:
@@ -271,7 +273,7 @@ class EngineLoop:
         if finished:
             self._log.sync()
         version, stalled = self.engine.version, self._stalled_seconds()
-        return Report(finished, running, self._steps, self._tokens, stalled, version, self._failure)
+        return Report(finished, running, self._steps, self._tokens, stalled, version, self._failure, self._idle_seconds)
 
     def stats(self) -> WorkerStats:
         """See `WorkerStats`."""

@@ -57,19 +57,25 @@ def finished_run(domains: tuple[str, ...] = ("arithmetic", "letters"), seed: int
         gate = {"event": "gate", "stage": f"expert/{domain}/grpo", "domain": domain, "action": "warn", **gain}
         records.append({"time": grpo_end - 2, **gate})
     records += _stage(generator, "student", 150, grpo_end + 1, domains)
+    queues = random.Random(2)
     for second in range(0, int(end - START), 15):
         records.append({"time": START + second, "event": "resources", **_memory(second)})
+        records.append({"time": START + second, "event": "queues", **_queues(queues)})
     for record in [*_evaluations(generator, domains), *_samples(domains)]:
         records.append({"time": end - 20, **record})
     records.append({"time": end, "event": "run_finished", "status": "finished"})
     return sorted(records, key=lambda record: record["time"])
 
 
-def write_run(directory: Path, records: list[Record], of: Recipe | None = None) -> Path:
+def write_run(
+    directory: Path, records: list[Record], of: Recipe | None = None, traced: list[Record] | None = None
+) -> Path:
     """Make `directory` a run directory of that recipe with these records."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "recipe.yaml").write_text(resolved_yaml(of or recipe()))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if traced:
+        (directory / "traces.jsonl").write_text("".join(json.dumps(record) + "\n" for record in traced))
     return directory
 
 
@@ -135,6 +141,50 @@ def _memory(second: int) -> dict[str, Any]:
         "peak_pss_bytes": int(0.7 * total),
         "peak_by_process_kind": {kind: int(share * total) for kind, share in kinds.items()},
         "cpu_seconds": 1.8 * second,
+        "cpu_seconds_by_process_kind": {kind: 1.8 * share * second for kind, share in kinds.items()},
+    }
+
+
+def _queues(generator: random.Random) -> dict[str, Any]:
+    most = {"waiting": 90, "running": 129, "ready_groups": 9}
+    counts = {name: generator.randrange(limit) for name, limit in most.items()}
+    return {**counts, "workers": 2, "deaths": 0, "tokens_per_second": 1830.0, "generators_idle": generator.random()}
+
+
+def traces(domains: tuple[str, ...] = ("arithmetic", "letters")) -> list[Record]:
+    """What the stages of `finished_run` write into traces.jsonl."""
+    generator = random.Random(1)
+    found = []
+    for stage, steps in [*((f"expert/{domain}/grpo", 100) for domain in domains), ("student", 150)]:
+        for step in (1, steps // 2, steps):
+            own = (stage.split("/")[1],) * 2 if "/" in stage else domains
+            found += [_trace(generator, stage, step, domain, sample) for sample, domain in enumerate(own)]
+    return found
+
+
+def _trace(generator: random.Random, stage: str, step: int, domain: str, sample: int) -> Record:
+    tokens = ["4", "2", " ", "+", "\n", "<|tool|>", "word", " another", " \u00e9l\u00e9ment", "</s>"] * 4
+    logprobs = [-abs(generator.gauss(0, 1.5)) for _ in tokens]
+    group = {"advantage": 0.9 - 1.8 * sample, "group_rewards": [1.0, 0.0, 1.0, 0.25], "kl_to": "the reference"}
+    return {
+        "time": START + 300,
+        "event": "trace",
+        "stage": stage,
+        "step": step,
+        "domain": domain,
+        "problem_id": "p1",
+        "prompt": f"{domain}: 25 + 17 = ?",
+        "reward": float(1 - sample),
+        "reward_parts": {"exact": float(1 - sample), "length": -0.125},
+        "finish_reason": "stop",
+        "length": 60,
+        "tokens": tokens,
+        "sampled": [int(token != "<|tool|>") for token in tokens],
+        "sampler": logprobs,
+        "trainer": logprobs,
+        "kl": [abs(generator.gauss(0, 1)) ** 3 if token != "<|tool|>" else None for token in tokens],
+        "versions": [step] * len(tokens),
+        **({"kl_to": domain, "measure": "reverse_kl"} if stage == "student" else group),
     }
 
 

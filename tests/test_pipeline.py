@@ -75,6 +75,18 @@ def test_its_experts_are_grown_side_by_side(fast: Run) -> None:
     assert max(one, other) < ended
 
 
+def test_its_queues_and_some_of_its_tokens_are_written_down_and_shown(fast: Run) -> None:
+    queues = [record for record in records(fast.path) if record.get("event") == "queues"]
+    assert queues and all(record["workers"] in (0, 1, 2) for record in queues)
+    assert max(record["running"] for record in queues) > 0 < max(record["tokens_per_second"] for record in queues)
+    traces = [json.loads(line) for line in (fast.path / "traces.jsonl").read_text().splitlines()]
+    assert {trace["stage"] for trace in traces} == {"expert/arithmetic/grpo", "expert/letters/grpo", "student"}
+    assert all(trace["sampler"] == pytest.approx(trace["trainer"], abs=LOGPROB_BOUND) for trace in traces)
+    assert all(value is None or value >= -1e-6 for trace in traces for value in trace["kl"] or [])
+    page = (fast.path / "report.html").read_text()
+    assert 'id="tokens"' in page and "Queues" in page
+
+
 def test_its_hooks_are_run_after_the_models_that_they_name_and_may_fail(fast: Run) -> None:
     found = {(one["model"], one["hook"]): one["metrics"] for one in fast.report["hooks"]}
     assert set(found) == {(model, "tests.hook_functions:lengths") for model in ("base", "student")}

@@ -22,7 +22,7 @@ from posttrain.observe.page.charts import Scale, Series, line_chart, thinned
 from posttrain.observe.page.markup import element, joined
 from posttrain.observe.report import build_report, write_report
 from posttrain.observe.status import final_table, render_status
-from tests.observe_kit import START, finished_run, recipe, write_run
+from tests.observe_kit import START, finished_run, recipe, traces, write_run
 
 VOID = {"meta", "wbr", "line", "rect", "circle", "path", "polyline"}
 DOMAINS = ("arithmetic", "letters")
@@ -407,3 +407,46 @@ def test_status_in_a_pipe_is_one_plain_line_a_stage(tmp_path: Path, capsys: pyte
     assert "\x1b" not in out
     render_status(write_run(tmp_path / "killed", finished_run()[:300]))
     assert "perhaps killed, `posttrain resume` continues it" in capsys.readouterr().out
+
+
+# --- token by token
+
+
+def test_the_page_shows_rollouts_token_by_token(tmp_path: Path) -> None:
+    found = traces()
+    page = page_of(write_run(tmp_path / "run", finished_run(), traced=found))
+    assert {"href": "#tokens"} in page.all("a")
+    student = next(trace for trace in found if trace["stage"] == "student")
+    assert "step 1 · arithmetic · reward 1" in page.text and "KL to letters" in page.text
+    assert "exact 1, length -0.125" in page.text and "KL to the reference" in page.text and "… 20 more" in page.text
+    tints = [span for span in page.all("span") if re.fullmatch(r"t( p\d| k\d| given)?", span.get("class", ""))]
+    probability = f"{100 * math.exp(student['sampler'][0]):.1f} %"
+    assert any(span.get("title", "").startswith(f"{probability}, log-prob") for span in tints)
+    assert {span["class"] for span in tints} == {"t given", *(f"t {kind}{tint}" for kind in "pk" for tint in range(5))}
+    assert "#tokens" not in {link["href"] for link in page_of(write_run(tmp_path / "other", finished_run())).all("a")}
+
+
+def test_a_repeated_stage_shows_its_latest_traces_and_strange_ones_are_passed_over(tmp_path: Path) -> None:
+    first, again = traces(("letters",)), traces(("letters",))
+    for trace in again:
+        trace["prompt"] = "asked again"
+    strange = [
+        {"event": "trace"},
+        {"event": "trace", "stage": "student", "step": "1", "tokens": []},
+        {"event": "trace", "stage": "elsewhere", "step": 1, "tokens": ["x"]},
+        {"event": "trace", "stage": "student", "step": 200, "tokens": ["x", "y"], "sampler": [None], "kl": "no"},
+    ]
+    run = write_run(tmp_path / "run", finished_run(("letters",)), recipe(("letters",)), [*first, *again, *strange])
+    page = page_of(run)
+    assert page.text.count("asked again") == 8, "six of GRPO's two samples in three steps, two of the student's three"
+    assert "letters: 25 + 17" not in page.text and "step 200" in page.text
+
+
+def test_many_long_rollouts_do_not_make_the_page_large(tmp_path: Path) -> None:
+    domains = tuple(f"domain{number}" for number in range(20))
+    found = traces(domains)
+    for trace in found:
+        for key in ("tokens", "sampled", "sampler", "trainer", "kl", "versions"):
+            trace[key] = trace[key] * 10
+    run = write_run(tmp_path / "run", finished_run(domains), recipe(domains), found)
+    assert page_of(run) and (run / "report.html").stat().st_size < 3_000_000

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from posttrain.errors import RunFailed
+from posttrain.observe.metrics import MetricsLog, read_metrics
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage, OptimizerConfig
 from posttrain.trainers.grpo import train_grpo
@@ -244,3 +246,25 @@ def test_a_sampler_of_another_model_ends_the_run() -> None:
         difference.add(torch.full((8,), -1.0), torch.full((8,), -2.0))
     with pytest.raises(RunFailed, match="nats from the trainer's"):
         difference.add(torch.full((8,), float("nan")), torch.full((8,), -2.0))
+
+
+def test_the_best_and_the_worst_answer_of_a_group_are_written_down_token_by_token(tmp_path: Path) -> None:
+    stage = GrpoStage(
+        kind="grpo", steps=2, prompts_per_step=2, group_size=4, beta=0.1, optimizer=OptimizerConfig(lr=1e-3)
+    )
+    progress = Progress(Recorder(), "expert/d/grpo", 2, 1, MetricsLog(tmp_path / "traces.jsonl"))
+    model = tiny_model(0)
+    job = GrpoJob("expert/d/grpo", stage, "", "", prompts("d", TEXTS), 6, share_of_target)
+    train_grpo(model, tiny_tokenizer(), job, LocalClient(copy.deepcopy(model)), 5, progress)
+    traces = read_metrics(tmp_path / "traces.jsonl")
+    assert sorted({trace["step"] for trace in traces}) == [1, 2]
+    best, worst = [trace for trace in traces if trace["step"] == 1]
+    assert best["prompt"] == worst["prompt"] == TEXTS[0]
+    assert (best["reward"], worst["reward"]) == (max(best["group_rewards"]), min(best["group_rewards"]))
+    assert best["advantage"] > 0 > worst["advantage"] and best["reward_parts"] == {"share": best["reward"]}
+    for trace in traces:
+        assert trace["length"] == len(trace["tokens"]) == len(trace["trainer"]) == len(trace["sampled"])
+        assert trace["sampler"] == pytest.approx(trace["trainer"], abs=1e-4)
+    assert best["kl"] == [0.0] * best["length"], "the first step's policy is the reference"
+    later = next(trace for trace in traces if trace["step"] == 2)
+    assert all(value >= 0 for value in later["kl"]) and max(later["kl"]) > 0

@@ -15,6 +15,7 @@ from distill.canary import Canary
 from distill.store import TeacherWork, joined
 from distill.teacher import TeacherWorker
 from posttrain.errors import BadInput
+from posttrain.observe.metrics import MetricsLog, read_metrics
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.jobs import OpdJob
@@ -226,3 +227,25 @@ def test_batches_are_ordered_by_teacher_and_follow_the_shares() -> None:
         domains = [row.domain for row in rows[4 * step : 4 * step + 4]]
         assert domains == sorted(domains)
     assert Counter(row.domain for row in rows) == {"x": 80, "y": 32, "z": 8}
+
+
+def test_the_first_sample_of_each_domain_is_written_down_with_the_divergence_of_each_token(
+    experts: dict[str, str], tmp_path: Path
+) -> None:
+    def reward(problem_ids, completion_ids, finish_reasons):  # type: ignore[no-untyped-def]
+        return [float(len(tokens)) for tokens in completion_ids], [{"length": float(len(t))} for t in completion_ids]
+
+    # One sample of each domain, so that the mean over the trace's tokens is the metric.
+    stage = job(experts, batch_size=2)
+    stage = OpdJob(**(vars(stage) | {"reward": reward}))
+    recorder, student = Recorder(), tiny_model(0)
+    progress = Progress(recorder, "student", 1, 1, MetricsLog(tmp_path / "traces.jsonl"))
+    train_opd(student, tiny_tokenizer(), stage, LocalClient(copy.deepcopy(student)), LocalTeachers(), 3, progress)
+    traces = {trace["domain"]: trace for trace in read_metrics(tmp_path / "traces.jsonl")}
+    assert set(traces) == set(TEXTS)
+    for domain, trace in traces.items():
+        assert trace["prompt"] in TEXTS[domain] and trace["kl_to"] == domain
+        assert trace["reward"] == trace["reward_parts"]["length"] == len(trace["tokens"])
+        mean = sum(trace["kl"]) / len(trace["kl"])
+        assert mean == pytest.approx(recorder.lines[0][f"kl/{domain}"], rel=1e-3)
+        assert trace["sampler"] == pytest.approx(trace["trainer"], abs=1e-4)

@@ -108,9 +108,11 @@ def _lengths(inputs: Inputs) -> Verdict:
 
 
 def _evaluations(recipe: Recipe) -> Verdict:
+    from posttrain.observe.trackers import check_trackers
     from posttrain.stages.hooks import check_hooks, named_hooks
 
     check_hooks(recipe)
+    check_trackers(recipe)
     beside = "".join(f", {name}" for name in named_hooks(recipe))
     return Verdict("evaluations", "ok", f"{len(recipe.holdouts)} on held-out problems{beside}")
 

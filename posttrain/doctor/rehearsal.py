@@ -61,6 +61,7 @@ def shortened(recipe: Recipe) -> Recipe:
         if hook["lm_eval"] is not None:
             hook["lm_eval"]["limit"] = min(hook["lm_eval"]["limit"] or MEASURED, MEASURED)
     document["cluster"]["dashboard"] = False
+    document["trackers"] = []
     return Recipe.model_validate(document)
 
 

@@ -19,9 +19,12 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
     rollout_stats      stage, max_abs_logprob_diff, k3, weight_sync_seconds [..], tokens, seconds (of sampling; without
                        them from the steps' tokens_per_second, seconds_step and seconds_generate), trainer_idle and
                        generators_idle (shares of the time), off_policy (as `posttrain.trainers.mismatch.Ages` says)
-    dashboard          address
+    dashboard          address, metrics (the address that Prometheus reads)
     weights_published  stage, version, seconds
-    resources          peak_rss_bytes, peak_pss_bytes, rss_bytes, pss_bytes, peak_by_process_kind, cpu_seconds
+    queues             waiting, running (samples), ready_groups, workers, deaths, tokens_per_second, generators_idle:
+                       how the rollout service stands, every few seconds while it works
+    resources          peak_rss_bytes, peak_pss_bytes, rss_bytes, pss_bytes, peak_by_process_kind, cpu_seconds,
+                       cpu_seconds_by_process_kind
     sample             model, domain, prompt, completion, reference, correct
     warning            message, stage
 """

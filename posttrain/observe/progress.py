@@ -43,13 +43,11 @@ class LiveProgress:
         """`stages`: the planned ones, in order; `slots`: how many experts are grown side by side (for the ETA)."""
         self._directory = Path(run_directory)
         self._follower = MetricsFollower(self._directory / "metrics.jsonl")
-        self._slots = slots
         self._view = RunView(stages, keep_steps=KEPT_STEPS)
         self._lines = PlainLines(self._view, line_seconds)
+        self._screen = Screen(self._view, slots)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="live-progress", daemon=True)
-        self._live: Live | None = None
-        self._next_drawing = 0.0
         self._log: int | None = None
 
     def __enter__(self) -> LiveProgress:
@@ -57,9 +55,7 @@ class LiveProgress:
         self._log = os.open(self._directory / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         for record in self._follower.new_records():
             self._view.add(record)
-        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            self._live = Live(console=Console(file=sys.stdout), auto_refresh=False)
-            self._live.start()
+        self._screen.start()
         self._take([])
         self._thread.start()
         return self
@@ -70,8 +66,7 @@ class LiveProgress:
         self._stop.set()
         self._thread.join()
         self._take(self._follower.new_records(), last=True)
-        if self._live is not None:
-            self._live.stop()
+        self._screen.stop()
         if self._log is not None:
             os.close(self._log)
             self._log = None
@@ -84,14 +79,39 @@ class LiveProgress:
         lines = [line for record in records for line in self._lines.of(record)]
         if lines and self._log is not None:
             os.write(self._log, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
-        if self._live is not None:
-            if last or time.monotonic() >= self._next_drawing:
-                self._next_drawing = time.monotonic() + DRAW_SECONDS
-                table = live_table(self._view, time.time(), self._live.console.width, self._slots)
-                self._live.update(table, refresh=True)
-        elif lines:
-            with contextlib.suppress(BrokenPipeError):  # nobody reads any more; log.txt still has it
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; log.txt still has it
+            self._screen.show(lines, last)
+
+
+class Screen:
+    """Standard output: on a terminal one table that is redrawn in place, elsewhere lines."""
+
+    def __init__(self, view: RunView, slots: int = 1) -> None:
+        self._view = view
+        self._slots = slots
+        self._live: Live | None = None
+        self._next_drawing = 0.0
+
+    def start(self) -> None:
+        """From here on, where it is a terminal, the table stays at its end."""
+        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            self._live = Live(console=Console(file=sys.stdout), auto_refresh=False)
+            self._live.start()
+
+    def show(self, lines: list[str], last: bool = False) -> None:
+        """The view as it is now, or the new lines. The last table is drawn in any case."""
+        if self._live is None:
+            if lines:
                 print("\n".join(lines), flush=True)
+        elif last or time.monotonic() >= self._next_drawing:
+            self._next_drawing = time.monotonic() + DRAW_SECONDS
+            table = live_table(self._view, time.time(), self._live.console.width, self._slots)
+            self._live.update(table, refresh=True)
+
+    def stop(self) -> None:
+        """The table stays where it is."""
+        if self._live is not None:
+            self._live.stop()
 
 
 class PlainLines:
@@ -187,7 +207,7 @@ def live_table(view: RunView, now: float, width: int, slots: int = 1) -> Table:
         title=_headline(view, now, slots),
         title_justify="left",
         title_style="",
-        caption=teacher_lines(view),
+        caption=_caption(view),
         caption_justify="left",
         caption_style="dim",
         box=None,
@@ -221,6 +241,33 @@ def _cells(view: RunView, stage: StageView, now: float) -> list[str]:
         percent(shown) if shown is not None else "",
         "" if stage.started is None else duration(stage.seconds(now)),
     ]
+
+
+def _caption(view: RunView) -> Text | None:
+    """What is below the table: queues, and the student's teachers."""
+    lines = [line for line in (_rollouts(view), teacher_lines(view)) if line is not None]
+    return Text("\n").join(lines) if lines else None
+
+
+def _rollouts(view: RunView) -> Text | None:
+    """The rollout service's queues and who waits, while something runs that needs it."""
+    running = [stage for stage in view.stages.values() if stage.status == "running"]
+    if view.finish is not None or not running or not view.events.get("queues"):
+        return None
+    queues = view.events["queues"][-1]
+    parts = [
+        f"rollouts: {number(queues.get('waiting'))} waiting, {number(queues.get('running'))} running, "
+        f"{number(queues.get('ready_groups'))} groups ready",
+        f"{number(queues.get('workers'))} workers",
+        f"{number(queues.get('tokens_per_second'))} tokens/s",
+        f"generators idle {percent(queues.get('generators_idle'), 0)}",
+    ]
+    for stage in running:
+        latest = stage.latest
+        if latest.get("seconds_step") and "seconds_generate" in latest:
+            share = latest["seconds_generate"] / latest["seconds_step"]
+            parts.append(f"trainer of {stage.name} waits {percent(share, 0)}")
+    return Text(" · ".join(parts))
 
 
 def _headline(view: RunView, now: float, slots: int) -> Text:

@@ -14,7 +14,7 @@ from posttrain.observe.environment import describe_environment
 from posttrain.observe.intervals import binomial_interval
 from posttrain.observe.metrics import Record, plain_json, read_metrics
 from posttrain.observe.page import render_page
-from posttrain.observe.runview import RunView, StageView, is_number
+from posttrain.observe.runview import RunView, StageView, active_seconds, is_number
 from posttrain.observe.teachers import distances, work
 from posttrain.recipe import read_recipe
 
@@ -39,7 +39,7 @@ def write_report(run_dir: str | Path) -> Path:
     report = _report(run_dir, recipe, view)
     atomic_write(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     page = run_dir / "report.html"
-    atomic_write(page, render_page(report, view))
+    atomic_write(page, render_page(report, view, read_metrics(run_dir / "traces.jsonl")))
     return page
 
 
@@ -199,20 +199,29 @@ def _teachers(student: StageView | None) -> dict[str, Any]:
 def _resources(events: list[Record]) -> dict[str, Any]:
     """Peaks over all attempts. Bytes; processor seconds are summed over the attempts' last readings."""
     kinds: dict[str, float] = {}
-    cpu_seconds, previous = 0.0, 0.0
+    busy: dict[str, list[float]] = {}
     for event in events:
         for kind, size in (event.get("peak_by_process_kind") or {}).items():
             kinds[kind] = max(size or 0, kinds.get(kind, 0))
-        reading = event.get("cpu_seconds")
-        if is_number(reading):
-            cpu_seconds += reading - previous if reading >= previous else reading  # a new attempt counts from zero
-            previous = reading
+        for kind, seconds in (event.get("cpu_seconds_by_process_kind") or {}).items():
+            busy.setdefault(kind, []).append(seconds)
+    cpu = {kind: _over_attempts(readings) for kind, readings in busy.items()}
     return {
         "peak_rss_bytes": max(_numbers(events, "peak_rss_bytes"), default=None),
         "peak_pss_bytes": max(_numbers(events, "peak_pss_bytes"), default=None),
         "peak_by_process_kind": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "cpu_seconds": cpu_seconds or None,
+        "cpu_seconds": _over_attempts(_numbers(events, "cpu_seconds")) or None,
+        "cpu_seconds_by_process_kind": dict(sorted(cpu.items(), key=lambda item: -item[1])),
     }
+
+
+def _over_attempts(readings: list[float]) -> float:
+    """The sum of a total's last readings; one that is smaller than the one before is of a new attempt."""
+    total, previous = 0.0, 0.0
+    for reading in readings:
+        total += reading - previous if reading >= previous else reading
+        previous = reading
+    return total
 
 
 def _stages(view: RunView) -> list[dict[str, Any]]:
@@ -231,11 +240,6 @@ def _stages(view: RunView) -> list[dict[str, Any]]:
         }
         for stage in view.stages.values()
     ]
-
-
-def active_seconds(attempts: list[tuple[float, float]], time: float) -> float:
-    """Seconds that the run had been working at `time`: pauses between attempts do not count."""
-    return sum(max(0.0, min(end, time) - start) for start, end in attempts)
 
 
 def _environment(starts: list[Record]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from posttrain.observe.metrics import MetricsLog
 
@@ -58,6 +59,7 @@ class ResourceMonitor:
         self._log = log
         self._seconds = seconds
         self._cpu: dict[ProcessKey, float] = {}
+        self._kinds: dict[ProcessKey, str] = {}
         self._rss_bytes = 0
         self._pss_bytes = 0
         self._rss_at_pss = 0
@@ -69,6 +71,15 @@ class ResourceMonitor:
     def cpu_seconds(self) -> float:
         """User and system time of all processes seen, dead ones up to their last sample."""
         return sum(self._cpu.values())
+
+    @property
+    def cpu_seconds_by_process_kind(self) -> dict[str, float]:
+        """The same for each kind of process; one that has changed its name counts under its last."""
+        found: dict[str, float] = {}
+        for key, seconds in self._cpu.items():
+            kind = self._kinds[key]
+            found[kind] = round(found.get(kind, 0.0) + seconds, 2)
+        return found
 
     def __enter__(self) -> ResourceMonitor:
         self.sample()
@@ -95,6 +106,7 @@ class ResourceMonitor:
             kind = process_kind(process.key[0], self.root_pid)
             by_kind[kind] = by_kind.get(kind, 0) + process.rss_bytes
             self._cpu[process.key] = process.cpu_seconds
+            self._kinds[process.key] = kind
         self._rss_bytes = sum(by_kind.values())
         self.peak_bytes = max(self.peak_bytes, self._rss_bytes)
         for kind, rss in by_kind.items():
@@ -110,7 +122,7 @@ class ResourceMonitor:
         if self._log is not None and processes:
             self._log.event("resources", **self.fields())
 
-    def fields(self) -> dict[str, float | dict[str, int]]:
+    def fields(self) -> dict[str, Any]:
         """What a `resources` event holds: bytes and seconds."""
         return {
             "rss_bytes": self._rss_bytes,
@@ -119,6 +131,7 @@ class ResourceMonitor:
             "peak_pss_bytes": self.peak_pss_bytes,
             "peak_by_process_kind": dict(self.peak_by_process_kind),
             "cpu_seconds": round(self.cpu_seconds, 2),
+            "cpu_seconds_by_process_kind": self.cpu_seconds_by_process_kind,
         }
 
     def _tree(self) -> list[ProcessSample]:

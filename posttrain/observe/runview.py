@@ -118,13 +118,19 @@ class RunView:
         time, name = record_time(record), record.get("event")
         self._count_time(time, name)
         if isinstance(name, str):
-            if name != "sample" or self._keep_steps is None:
-                self.events.setdefault(name, []).append(record)
+            self._keep_event(name, record)
             self._add_event(name, record, time)
         elif isinstance(record.get("metrics"), dict) and isinstance(record.get("stage"), str):
             self._add_step(record, time)
         if isinstance(record.get("warning"), str):
             self.warnings.append(f"{record.get('stage', 'run')} step {record.get('step', '?')}: {record['warning']}")
+
+    def _keep_event(self, name: str, record: Record) -> None:
+        """All of them; for a live view of the frequent ones the latest alone."""
+        kept = self.events.setdefault(name, [])
+        if self._keep_steps is not None and name in ("sample", "queues", "resources"):
+            kept.clear()
+        kept.append(record)
 
     def _count_time(self, time: float, event: Any) -> None:
         """Extend the running attempt; what is appended after a run's end (a later `posttrain eval`) is not its time."""
@@ -204,6 +210,11 @@ def record_time(record: Record) -> float:
     """When `record` was written (unix seconds); 0 for a record without a time."""
     time = record.get("time")
     return float(time) if is_number(time) else 0.0
+
+
+def active_seconds(attempts: list[tuple[float, float]], time: float) -> float:
+    """Seconds that the run had been working at `time`: pauses between attempts do not count."""
+    return sum(max(0.0, min(end, time) - start) for start, end in attempts)
 
 
 def _whole(value: Any) -> int:

@@ -129,6 +129,8 @@ class Recipe(Section):
     domains: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")], DomainConfig] = Field(min_length=1)
     stages: StagesConfig
     evaluation: list[EvaluationHook] = [EvaluationHook(holdout=HoldoutEvaluation())]
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Who is told every metric, beside metrics.jsonl and Ray: files in the run directory (docs/monitoring.md)."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:

@@ -37,6 +37,7 @@ class TrainerActor:
         self.slot = slot
         self.recipe = Recipe.model_validate_json(recipe_json)
         self.log = MetricsLog(Path(run_directory) / "metrics.jsonl")
+        self.traces = MetricsLog(Path(run_directory) / "traces.jsonl")
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         import torch
         import transformers
@@ -95,7 +96,7 @@ class TrainerActor:
         if job.config.lora is not None:
             add_adapters(model, job.config.lora, job.stage)
         tokenizer = load_tokenizer(job.checkpoint)
-        progress = Progress(self.log, job.stage, job.config.steps, updates_per_step)
+        progress = Progress(self.log, job.stage, job.config.steps, updates_per_step, self.traces)
         outcome = train(model, tokenizer, seed, progress)
         save_checkpoint(model, tokenizer, job.output)
         rollouts: dict[str, Any] = {}

@@ -37,6 +37,7 @@ from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import frozen_router
 from posttrain.trainers.settings import endless, training_arguments
+from posttrain.trainers.traces import Traces
 from posttrain.trainers.trl_seam import Batch, GroupRelativeTrainer, GRPOConfig
 from rollouts.environments import with_episodes
 
@@ -48,6 +49,7 @@ class GrpoTrainer(GroupRelativeTrainer):
     progress: Progress
     difference: LogprobDifference
     config: GrpoStage
+    traces: Traces
 
     def batch_scored(self, batch: Batch) -> None:
         trainer_BT, sampler_BT = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
@@ -61,6 +63,33 @@ class GrpoTrainer(GroupRelativeTrainer):
             self.progress.add(name, value)
         if self.config.loss_type == "group":
             batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"] * self._group_weights(mask_BT)
+        if self.traces.wants(self.rollouts.steps_done):
+            self._trace(batch)
+
+    def _trace(self, batch: Batch) -> None:
+        """Write down the best answer of the batch's first group, and the worst if it earned less."""
+        group = self.rollouts.groups[0]
+        known = [row for row, reward in enumerate(group.rewards) if not math.isnan(reward)]
+        order = sorted(known, key=lambda row: group.rewards[row])
+        worst = [row for row in order[:1] if group.rewards[row] < group.rewards[order[-1]]]
+        for row in [*order[-1:], *worst]:
+            logps_T = batch["old_per_token_logps"][row, : len(group.completions[row].token_ids)].double().cpu()
+            kl = None
+            if "ref_per_token_logps" in batch:  # k3, as in the loss
+                ratio_T = batch["ref_per_token_logps"][row, : len(logps_T)].double().cpu() - logps_T
+                kl = (ratio_T.exp() - ratio_T - 1).tolist()
+            self.traces.write(
+                self.rollouts.steps_done,
+                group,
+                row,
+                group.rewards[row],
+                logps_T.tolist(),
+                kl,
+                kl_to="the reference",
+                reward_parts=group.reward_parts[row],
+                advantage=float(batch["advantages"][row]),
+                group_rewards=group.rewards,
+            )
 
     def _group_weights(self, mask_BT: Tensor) -> Tensor:
         """Weights of the samples with which the mean over the batch's tokens is the mean over groups of the mean over
@@ -272,6 +301,7 @@ def train_grpo(
         )
         trainer.progress, trainer.difference = progress, LogprobDifference()
         trainer.auxiliary, trainer.config = auxiliary, config
+        trainer.traces = Traces(progress.traces, job.stage, config.steps, tokenizer)
         trainer.train()
     generation.finish()
     return Sampled.of(generation, trainer.difference)

@@ -41,6 +41,7 @@ from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import frozen_router
 from posttrain.trainers.settings import training_arguments
+from posttrain.trainers.traces import Traces
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
 from rollouts.environments import with_episodes
 
@@ -68,10 +69,12 @@ class OpdTrainer(OnPolicyTrainer):
     difference: LogprobDifference
     mixing: Mixing
     guards: Guards
+    traces: Traces
 
     def batch_generated(self, inputs: Sequence[Batch]) -> None:
         """Send every sample to its teachers: they work while the student's own forward pass runs."""
         self._taught = self.asking.batch_finished(self.rollouts.groups)
+        self._scores: list[tuple[float | None, dict[str, float]]] = [(None, {})] * len(inputs)
         if self.job.reward is not None:
             self._score(self.job.reward, inputs)
 
@@ -97,6 +100,8 @@ class OpdTrainer(OnPolicyTrainer):
             objective_of(self.job.config), hidden_NH[chosen_N], head_VH, rows, targets_N[chosen_N]
         )
         self.progress.add("seconds_divergence", time.perf_counter() - started)
+        if self.traces.wants(self.rollouts.steps_done):
+            self._trace(logps_N, learned_N, rows, reports)
         entropy = torch.tensor(self._report(reports))
         return loss, entropy, torch.tensor(max(1, int(learned_N.sum())))
 
@@ -128,6 +133,30 @@ class OpdTrainer(OnPolicyTrainer):
                     rows.append(TeacherRows(name, slice(first, first + count), weight * part, hidden, head))
             first += count
         return rows
+
+    def _trace(
+        self, logps_N: Tensor, learned_N: Tensor, rows: Sequence[TeacherRows], reports: Sequence[TeacherReport]
+    ) -> None:
+        """Write down the first sample of each domain."""
+        learned_kl_L = torch.zeros(int(learned_N.sum()), dtype=torch.float64)
+        weights = [weight for _, weights in self._learned for weight in weights]
+        for row, report, weight in zip(rows, reports, weights, strict=True):
+            learned_kl_L[row.rows] += weight * report.divergence_N.double().cpu()
+        kl_N = torch.full((len(learned_N),), math.nan, dtype=torch.float64)
+        kl_N[learned_N] = learned_kl_L
+        names = {taught.domain: ", ".join(one.name for one, _ in taught.states) for taught in self._taught}
+        begin, seen = 0, set()
+        for group, score in zip(self.rollouts.groups, self._scores, strict=True):
+            end, domain = begin + len(group.completions[0].token_ids), group.prompt.domain
+            if domain not in seen:
+                seen.add(domain)
+                logprobs, kl = logps_N[begin:end].tolist(), kl_N[begin:end].tolist()
+                reward, parts = score
+                self.traces.write(
+                    self.rollouts.steps_done, group, 0, reward, logprobs, kl, kl_to=names[domain], reward_parts=parts,
+                    measure=self.job.config.divergence,
+                )  # fmt: skip
+            begin = end
 
     def _report(self, reports: Sequence[TeacherReport]) -> float:
         """Note what happened; returns the sum of the student's entropies."""
@@ -161,11 +190,12 @@ class OpdTrainer(OnPolicyTrainer):
 
     def _score(self, reward: Reward, inputs: Sequence[Batch]) -> None:
         samples = self.rollouts.samples
-        rewards, _ = reward(
+        rewards, parts = reward(
             [row["problem_id"] for row in inputs],
             [sample.sampled_ids for sample in samples],
             [sample.finish_reason for sample in samples],
         )
+        self._scores = list(zip(rewards, parts, strict=True))
         for effort, mean in means_by_effort(self.rollouts.groups, rewards).items():
             self.progress.add(f"effort/{effort}/reward", mean)
         scored = [pair for pair in zip(inputs, rewards, strict=True) if not math.isnan(pair[1])]
@@ -243,6 +273,7 @@ def train_opd(
         trainer.job, trainer.teachers, trainer.asking, trainer.progress = job, teachers, asking, progress
         trainer.mixing, trainer.guards = mixing, Guards(config.guards, job.stage, progress)
         trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
+        trainer.traces = Traces(progress.traces, job.stage, config.steps, tokenizer)
         trainer.train()
     generation.finish()
     return Sampled.of(generation, trainer.difference)

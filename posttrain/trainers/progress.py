@@ -33,11 +33,19 @@ class Progress(TrainerCallback):
     """Turns the trainer's logs into metrics lines, times the steps, and stops a run whose loss is not a number.
 
     `updates_per_step`: optimizer updates that count as one step of the stage. Metrics of our own (`add`) go into the
-    same lines.
+    same lines. `traces`: where single samples are written token by token (`posttrain.trainers.traces`).
     """
 
-    def __init__(self, log: MetricsLog | None, stage: str, steps: int, updates_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        stage: str,
+        steps: int,
+        updates_per_step: int = 1,
+        traces: MetricsLog | None = None,
+    ) -> None:
         self.log = log
+        self.traces = traces
         self.stage = stage
         self.steps = steps
         self.updates_per_step = updates_per_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -12,11 +13,11 @@ from posttrain.observe.page.accuracy import accuracy_section
 from posttrain.observe.page.cost import cost_section
 from posttrain.observe.page.curves import curves_section
 from posttrain.observe.page.markup import Markup, element, joined
-from posttrain.observe.page.parts import absent, section
+from posttrain.observe.page.parts import absent, document, section
 from posttrain.observe.page.pipeline import pipeline_section
 from posttrain.observe.page.rollout import rollout_section
-from posttrain.observe.page.style import STYLE
 from posttrain.observe.page.teachers import teachers_section
+from posttrain.observe.page.tokens import tokens_section
 from posttrain.observe.runview import RunView
 from posttrain.observe.words import duration, number, percent, size
 from posttrain.recipe.document import RecipeDumper
@@ -25,45 +26,32 @@ SAMPLE_PROMPTS = 3
 """Prompts shown for each domain: the first that were recorded, whatever came of them."""
 SAMPLE_CHARACTERS = 1500
 STATUS_TONES = {"finished": "good", "failed": "bad"}
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def render_page(report: dict[str, Any], view: RunView) -> str:
-    """The page for `report` (of `build_report`), with curves and sample answers from `view`."""
+def render_page(report: dict[str, Any], view: RunView, traces: Sequence[Record] = ()) -> str:
+    """The page for `report` (of `build_report`), with curves and sample answers from `view`, rollouts from `traces`."""
     domains = list(report["recipe"].get("domains") or {})
+    teachers, tokens = teachers_section(report), tokens_section(traces, list(view.stages))
     sections = [
         pipeline_section(report, domains),
         accuracy_section(report, domains),
         curves_section(view, domains),
-        teachers_section(report),
+        *([teachers] if teachers else []),
         rollout_section(report, view, domains),
         cost_section(report, view, domains),
         samples_section(view, domains),
+        *([tokens] if tokens else []),
         reproduce_section(report),
     ]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", f"{report['name']}: post-training report"),
-        element("style", Markup(STYLE)),
-    )
-    footer = element(
-        "footer",
-        f"Written by posttrain on {time.strftime('%Y-%m-%d %H:%M')} · report schema {report['schema']}",
-        class_="wrap",
-    )
-    body = element(
-        "body", element("div", _header(report), class_="wrap"), element("main", sections, class_="wrap"), footer
-    )
-    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+    footer = f"Written by posttrain on {time.strftime('%Y-%m-%d %H:%M')} · report schema {report['schema']}"
+    return document(f"{report['name']}: post-training report", _header(report, tokens is not None), sections, footer)
 
 
-def _header(report: dict[str, Any]) -> Markup:
+def _header(report: dict[str, Any], has_tokens: bool) -> Markup:
     status = report["status"]
     links = [("#pipeline", "Pipeline"), ("#accuracy", "Accuracy"), ("#curves", "Curves"), ("#rollout", "Rollout")]
-    links += [("#cost", "Time and memory"), ("#samples", "Samples"), ("#reproduce", "Reproduce")]
+    links += [("#cost", "Time and memory"), ("#samples", "Samples")]
+    links += [*([("#tokens", "Token by token")] if has_tokens else []), ("#reproduce", "Reproduce")]
     domains = ", ".join(report["recipe"].get("domains") or {})
     return element(
         "header",

@@ -18,7 +18,13 @@ def cost_section(report: dict[str, Any], view: RunView, domains: list[str]) -> M
         "cost",
         "Time and memory",
         _timeline(report, domains),
-        element("div", _memory_by_kind(report["resources"]), _memory_chart(view), class_="grid"),
+        element(
+            "div",
+            _memory_by_kind(report["resources"]),
+            _memory_chart(view),
+            _processor_by_kind(report["resources"]),
+            class_="grid",
+        ),
     )
 
 
@@ -44,10 +50,17 @@ def _memory_by_kind(resources: dict[str, Any]) -> Markup:
     kinds = resources["peak_by_process_kind"]
     largest = max(kinds.values(), default=0)
     bars = [_bar(kind, 0, amount / largest, size(amount), "cbase") for kind, amount in kinds.items() if largest > 0]
-    note = "resident memory at its largest"
-    if resources["cpu_seconds"]:
-        note += f"; {duration(resources['cpu_seconds'])} of processor time in all"
-    return _bars("Peak memory by kind of process", note, bars, "Memory was not measured.")
+    return _bars("Peak memory by kind of process", "resident memory at its largest", bars, "Memory was not measured.")
+
+
+def _processor_by_kind(resources: dict[str, Any]) -> Markup | None:
+    kinds = resources.get("cpu_seconds_by_process_kind") or {}
+    if not kinds:
+        return None
+    largest = max(kinds.values())
+    bars = [_bar(kind, 0, amount / largest, duration(amount), "cbase") for kind, amount in kinds.items() if amount]
+    note = f"{duration(resources['cpu_seconds'])} in all"
+    return _bars("Processor time by kind of process", note, bars, "Processor time was not measured.")
 
 
 def _memory_chart(view: RunView) -> Markup | None:

@@ -55,11 +55,11 @@ def series_of(view: RunView, stages: Sequence[str], metric: str, domains: Sequen
     series = []
     for name in stages:
         stage = view.stages[name]
-        whole = _points(stage, metric)
+        whole = stage_points(stage, metric)
         if whole:
             series.append(Series(domain_of(name) or name, whole, colour_of(name, domains)))
         for domain in domains:
-            if part := _points(stage, f"{metric}/{domain}"):
+            if part := stage_points(stage, f"{metric}/{domain}"):
                 series.append(Series(f"{name}: {domain}", part, colour_of(domain, domains), dashed=bool(whole)))
     return series
 
@@ -70,9 +70,10 @@ def _series_by_effort(view: RunView, stages: Sequence[str], metric: str) -> list
         Series(f"{domain_of(name) or name}: {effort}", points, f"c{index}")
         for name in stages
         for index, effort in enumerate(("chat", "high", "max"))
-        if (points := _points(view.stages[name], f"effort/{effort}/{metric}"))
+        if (points := stage_points(view.stages[name], f"effort/{effort}/{metric}"))
     ]
 
 
-def _points(stage: StageView, key: str) -> list[tuple[float, float]]:
+def stage_points(stage: StageView, key: str) -> list[tuple[float, float]]:
+    """A metric of a stage by step."""
     return sorted((float(step), metrics[key]) for step, _, metrics in stage.history if key in metrics)

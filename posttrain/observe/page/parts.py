@@ -5,6 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain.observe.page.markup import Content, Markup, element, joined
+from posttrain.observe.page.style import STYLE
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def document(title: str, header: Markup, sections: Sequence[Markup], footer: str) -> str:
+    """A whole page: one file without scripts and without anything from the network."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    body = element(
+        "body",
+        element("a", "Skip to the content", href="#content", class_="skip"),
+        element("div", header, class_="wrap"),
+        element("main", sections, class_="wrap", id="content"),
+        element("footer", footer, class_="wrap"),
+    )
+    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
 
 
 def section(identifier: str, heading: str, *content: Content) -> Markup:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.observe.metrics import Record
-from posttrain.observe.page.charts import line_chart
+from posttrain.observe.page.charts import Series, line_chart
 from posttrain.observe.page.curves import series_of
 from posttrain.observe.page.markup import Markup, element, joined
 from posttrain.observe.page.names import kind_of
 from posttrain.observe.page.parts import absent, breakable, data_table, section
-from posttrain.observe.runview import RunView, is_number
+from posttrain.observe.runview import RunView, active_seconds, is_number, record_time
 from posttrain.observe.words import duration, number, percent
 
 PARITY_LIMIT = 1e-5
@@ -46,7 +46,7 @@ def rollout_section(report: dict[str, Any], view: RunView, domains: list[str]) -
     if rows:
         columns = ["stage", "tokens", "seconds", "tokens/s", "largest difference", "k3"]
         table = data_table("Rollouts by stage", "k3: the non-negative estimate of KL(sampler ‖ trainer)", columns, rows)
-    charts = [chart, *_off_policy_charts(view, stages, domains)]
+    charts = [chart, *_off_policy_charts(view, stages, domains), *_queue_charts(view)]
     return section(
         "rollout",
         "Rollout against trainer",
@@ -69,6 +69,34 @@ def _off_policy_charts(view: RunView, stages: list[str], domains: list[str]) -> 
             ("Importance ratio", ratios, "importance_ratio_raw"),
         )
         if (series := series_of(view, ahead, metric, domains))
+    ]
+
+
+def _queue_charts(view: RunView) -> list[Markup]:
+    """What the rollout service had to do over time, and how idle its engines were."""
+    events = view.events.get("queues", [])
+    if not events or not view.attempts:
+        return []
+
+    def series(label: str, key: str, colour: str) -> Series:
+        points = [(active_seconds(view.attempts, record_time(event)) / 60, event[key]) for event in events
+                  if is_number(event.get(key))]  # fmt: skip
+        return Series(label, points, colour)
+
+    queues = [
+        series("samples waiting", "waiting", "c0"),
+        series("samples running", "running", "c1"),
+        series("groups ready", "ready_groups", "c2"),
+    ]
+    idle = [series("engines idle", "generators_idle", "c3")]
+    found = [
+        ("Queues", "unfinished samples, and finished groups not yet learned from; the largest in the legend", queues),
+        ("Idle engines", "share of the time without work, mean over workers; the largest in the legend", idle),
+    ]
+    return [
+        line_chart(title, note, lines, x_label="minutes", zero=True, smooth=False)
+        for title, note, lines in found
+        if any(one.points for one in lines)
     ]
 
 

@@ -8,6 +8,8 @@ STYLE = """
   --c0: #2563eb; --c1: #c2410c; --c2: #0f766e; --c3: #9333ea;
   --c4: #be123c; --c5: #4d7c0f; --c6: #0e7490; --c7: #a16207;
   --base: #69737f; --student: #14181d;
+  --p1: #fdf0d5; --p2: #fbdfa8; --p3: #f8c57c; --p4: #f4a15d;
+  --k1: #e6edfd; --k2: #ccdafb; --k3: #a9c1f8; --k4: #86a6f2;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 @media (prefers-color-scheme: dark) {
@@ -17,6 +19,8 @@ STYLE = """
     --c0: #6ea0ff; --c1: #ff9457; --c2: #3cc9b6; --c3: #c592ff;
     --c4: #ff7d95; --c5: #a3d65c; --c6: #4cc9e6; --c7: #ebc04a;
     --base: #8c97a4; --student: #f2f4f7;
+    --p1: #33280f; --p2: #4f3a10; --p3: #714c11; --p4: #8f5a16;
+    --k1: #17223d; --k2: #1f3160; --k3: #2a4387; --k4: #3757ab;
   }
 }
 .c0 { --colour: var(--c0); } .c1 { --colour: var(--c1); } .c2 { --colour: var(--c2); } .c3 { --colour: var(--c3); }
@@ -51,6 +55,8 @@ section { padding: 32px 0 6px; }
 }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 
+.skip { position: absolute; left: -9999px; }
+.skip:focus { left: 12px; top: 12px; background: var(--card); padding: 8px 14px; border-radius: 8px; z-index: 1; }
 header.top { padding: 40px 0 8px; }
 .title { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; margin-bottom: 4px; }
 .pill { border-radius: 99px; padding: 2px 12px; font-size: .86rem; font-weight: 600; }
@@ -138,6 +144,7 @@ th, td { white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 600; font-size: .84rem; }
 th:first-child { text-align: left; }
 tbody th { font-weight: 500; }
+tbody .wraps { white-space: normal; overflow-wrap: anywhere; }
 td small { color: var(--muted); display: block; font-size: .8rem; font-weight: 400; }
 td.own { background: var(--soft); font-weight: 650; }
 
@@ -159,6 +166,20 @@ figure.wide .timeline li { grid-template-columns: 210px 1fr 74px; }
 }
 .sample dt { color: var(--muted); font-size: .86rem; overflow-wrap: anywhere; }
 .sample dd { margin: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: 2px 20px; align-items: baseline; }
+.trace { margin: 0 0 10px; padding: 10px 16px; }
+.trace summary { font-weight: 500; }
+.trace > pre { margin-bottom: 12px; }
+.tokens { font: .95rem/1.9 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; max-width: none; }
+.t { padding: 2px 0; border-radius: 2px; box-shadow: 0 0 0 1px var(--line); }
+.t.given { color: var(--muted); font-style: italic; }
+.p1 { background: var(--p1); } .p2 { background: var(--p2); }
+.p3 { background: var(--p3); } .p4 { background: var(--p4); }
+.k1 { background: var(--k1); } .k2 { background: var(--k2); }
+.k3 { background: var(--k3); } .k4 { background: var(--k4); }
+.key { display: grid; grid-template-columns: max-content 1fr; gap: 6px 16px; margin: 0 0 16px; font-size: .86rem; }
+.key dt { color: var(--muted); }
+.key dd { margin: 0; display: flex; flex-wrap: wrap; gap: 4px; }
+.key .t { padding: 1px 8px; }
 .verdict { font-size: .82rem; font-weight: 600; white-space: nowrap; }
 .command { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; }
 details { margin: 16px 0; }
@@ -177,7 +198,9 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 24px; padding-bott
 }
 @media (max-width: 560px) {
   .wrap { padding: 0 16px; }
-  header.top { padding-top: 24px; }
+  .skip { position: absolute; left: -9999px; }
+.skip:focus { left: 12px; top: 12px; background: var(--card); padding: 8px 14px; border-radius: 8px; z-index: 1; }
+header.top { padding-top: 24px; }
   h1 { font-size: 1.6rem; }
   .card { padding: 14px; }
   .tiles .value { font-size: 1.3rem; }

@@ -22,14 +22,19 @@ from posttrain.stages.opd import run_opd
 from posttrain.stages.sft import run_sft
 from posttrain.stages.side_by_side import side_by_side
 from posttrain.stages.work import Work
+from posttrain.watchdog import going_on
 
 __all__ = ["evaluate_checkpoint", "resume", "run"]
 
 
 def run(recipe: Recipe, run_directory: RunDirectory) -> int:
     """Run a recipe from its first unfinished stage to the report, and print what came of it; returns the exit code."""
-    with session(recipe, run_directory) as (work, initial):
-        drive(work, initial)
+
+    def go() -> None:
+        with session(recipe, run_directory) as (work, initial):
+            drive(work, initial)
+
+    going_on(go)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(final_table(json.loads((run_directory.path / "report.json").read_text())))
     return 0

@@ -4,7 +4,7 @@ runs/<name>/
     recipe.yaml      resolved recipe
     state.json       which stages are done; what `posttrain resume` goes by
     metrics.jsonl    what happened, step by step (posttrain.observe.metrics)
-    log.txt  tokenizer/  checkpoints/<stage, `--` for `/`>/  report.json  report.html
+    log.txt  tokenizer/  checkpoints/<stage, `--` for `/`>/  snapshots/<stage>/  report.json  report.html
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class RunDirectory:
             raise BadInput(f"{path}: recipe.yaml and state.json name different stages; was recipe.yaml changed?")
         lock = _lock(path)
         run = cls(path, recipe, read_state(path), lock)  # read again: it may have changed until the lock was ours
+        for half in (path / "checkpoints").glob(".*"):  # a checkpoint that was being written when its writer was killed
+            shutil.rmtree(half, ignore_errors=True)
         for name, stage in run._state.stages.items():
             if stage.status == "running":
                 stage.status = "pending"
@@ -165,6 +167,10 @@ class RunDirectory:
     def checkpoint_path(self, stage: str) -> Path:
         """Where `stage` saves its model: `checkpoints/expert--arithmetic--sft` for `expert/arithmetic/sft`."""
         return self.path / "checkpoints" / stage.replace("/", "--")
+
+    def snapshots_path(self, stage: str) -> Path:
+        """Where `stage` keeps its snapshots until it is done (`posttrain.snapshots`)."""
+        return self.path / "snapshots" / stage.replace("/", "--")
 
     def stage_checkpoint(self, stage: str) -> Path | None:
         """The checkpoint that `stage` has recorded, None before."""

@@ -21,6 +21,7 @@ from posttrain.observe.report import write_report
 from posttrain.observe.resources import ResourceMonitor
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory, RunStatus
+from posttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,9 @@ def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
             from posttrain.stages.work import Work
 
             _announce(cluster, run)
-            yield Work(recipe, run, domains, tokenizer, cluster), initial
+            work = Work(recipe, run, domains, tokenizer, cluster)
+            with Watchdog(recipe.watchdog, cluster, run, work.interrupt).watching():
+                yield work, initial
 
 
 def _environment(recipe: Recipe) -> dict[str, object]:
@@ -110,10 +113,12 @@ def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], 
     """Data, tokenizer and initial weights: everything that can be wrong with the user's input."""
     from posttrain.stages.hooks import check_hooks
     from posttrain.stages.initial import initial_checkpoint, tokenizer_for
+    from posttrain.stages.origin import check_snapshots
     from posttrain.stages.scoring import check_rewards
 
     check_dashboard(recipe)
     domains = load_domains(recipe)
+    check_snapshots(recipe, run, domains)
     check_rewards(recipe, domains)
     check_hooks(recipe)
     tokenizer = tokenizer_for(recipe, run)

@@ -24,6 +24,8 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
     resources          peak_rss_bytes, peak_pss_bytes, rss_bytes, pss_bytes, peak_by_process_kind, cpu_seconds
     sample             model, domain, prompt, completion, reference, correct
     warning            message, stage
+    snapshot           stage, step, bytes, seconds
+    stuck              actor, phase, seconds, queues, action, message, stacks (of Python, as text)
 """
 
 from __future__ import annotations

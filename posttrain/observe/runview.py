@@ -154,6 +154,8 @@ class RunView:
     def _add_event(self, name: str, record: Record, time: float) -> None:
         if name in ("run_started", "run_finished"):
             self._end_running_stages("interrupted", time)
+        if name == "stuck":
+            self.warnings.append(f"watchdog: {record.get('message', '')}")
         if name == "warning":
             self.warnings.append(f"{record.get('stage', 'run')}: {record.get('message', '')}")
         if name == "evaluated" and record.get("split", "holdout") == "holdout" and is_number(record.get("pass@1")):

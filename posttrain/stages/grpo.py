@@ -12,7 +12,7 @@ from posttrain.recipe.stages import GrpoStage
 from posttrain.stages.episodes import episodes_of, policy_messages
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
-from posttrain.trainers.jobs import GrpoJob, Prompt
+from posttrain.trainers.jobs import GrpoJob, Prompt, SnapshotPlan
 
 VERSION_BITS = 20
 """More weight versions than a stage has steps and evaluations."""
@@ -58,7 +58,7 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path,
     """Sample groups of answers, score them, learn from the differences; return the checkpoint."""
     config = config.for_domain(domain)
 
-    def job(output: str) -> GrpoJob:
+    def job(output: str, snapshots: SnapshotPlan | None) -> GrpoJob:
         problems = draw(work, name, domain, config.steps * config.prompts_per_step)
         return GrpoJob(
             stage=name,
@@ -71,7 +71,8 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domain: str, start: Path,
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),
             episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), problems),
+            snapshots=snapshots,
         )
 
     trainer, client = work.cluster.trainers[slot], work.cluster.client(slot)
-    return work.stage(name, config.steps, lambda output: trainer.grpo.remote(job(output), client), client)
+    return work.stage(name, config.steps, lambda *place: trainer.grpo.remote(job(*place), client), client)

@@ -9,13 +9,13 @@ from posttrain.stages.episodes import episodes_of
 from posttrain.stages.grpo import draw, first_version, prompts_of
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
-from posttrain.trainers.jobs import OpdJob, Teacher
+from posttrain.trainers.jobs import OpdJob, SnapshotPlan, Teacher
 
 
 def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path]) -> Path:
     """The student samples on every domain; each sample is taught by its domain's expert. Returns the checkpoint."""
 
-    def job(output: str) -> OpdJob:
+    def job(output: str, snapshots: SnapshotPlan | None) -> OpdJob:
         teachers = teachers_by_domain(work, config, experts)
         problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in teachers}
         everything = [problem for group in problems.values() for problem in group]
@@ -31,13 +31,14 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),
             episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), everything),
+            snapshots=snapshots,
         )
 
     cluster, client = work.cluster, work.cluster.client()
     return work.stage(
         name,
         config.steps,
-        lambda output: cluster.trainers[0].opd.remote(job(output), client, cluster.teachers()),
+        lambda *place: cluster.trainers[0].opd.remote(job(*place), client, cluster.teachers()),
         client,
     )
 

@@ -45,6 +45,10 @@ class StageState(BaseModel):
     attempts: int = 0
     metrics: dict[str, Any] = {}
     error: str | None = None
+    inputs: str | None = None
+    """Hash of what it was begun with: its part of the recipe, its data, and the inputs of what it starts from."""
+    code: str | None = None
+    """Hash of the code that it was begun with."""
 
 
 class RunState(BaseModel):
@@ -190,6 +194,36 @@ class RunDirectory:
     def start_stage(self, name: str) -> None:
         """`name` runs now, for the first time or once more."""
         self._change(name, status="running", attempts=self.stage(name).attempts + 1, error=None)
+
+    def note_origin(self, name: str, inputs: str, code: str) -> None:
+        """What `name` is made from (`posttrain.stages.origin`)."""
+        self._change(name, inputs=inputs, code=code)
+
+    def reset_stage(self, name: str) -> None:
+        """`name` is to be done anew, as if it had never been begun; what it left is removed."""
+        with self._guard:
+            self._state.stages[name] = StageState()
+            self._save()
+        self.append_event({"event": "stage_reset", "stage": name})
+        for path in (self.checkpoint_path(name), self.snapshots_path(name)):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def forget_checkpoint(self, name: str) -> None:
+        """Remove what lies under `checkpoints/` in this name, if anything does."""
+        shutil.rmtree(self.checkpoint_path(name), ignore_errors=True)
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Go on with another recipe; stages of the same names stay as they are."""
+        if recipe == self.recipe:
+            return
+        with self._guard:
+            known = dict(self._state.stages)
+            if (recipe.stages.base is None) != (self.recipe.stages.base is None):
+                known["base"] = StageState(status="done" if recipe.stages.base is None else "pending")
+            self.recipe = recipe
+            self._state.stages = {name: known.get(name, StageState()) for name in recipe.stage_names()}
+            atomic_write(self.path / "recipe.yaml", resolved_yaml(recipe))
+            self._save()
 
     def finish_stage(self, name: str, checkpoint: str | Path, seconds: float, metrics: Mapping[str, Any]) -> None:
         """`name` is done and its whole checkpoint lies at `checkpoint`; it will not run again."""

@@ -31,8 +31,8 @@ NAME = re.compile(r"step-(\d{8,})")
 class Origin:
     """What a snapshot comes from; only the same goes on from it to the same bits."""
 
-    recipe: str
-    """Hash of what the recipe says of the numbers, and of the data."""
+    inputs: str
+    """Hash of the stage's part of the recipe, its data, and what it starts from."""
     code: str
     """Hash of the project's source, and the versions of the libraries that compute."""
 
@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     stage: str
     step: int
     """Steps of the stage that are done."""
-    recipe: str
+    inputs: str
     code: str
     files: dict[str, FileFacts]
 

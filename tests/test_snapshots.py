@@ -31,7 +31,7 @@ from tests.test_trainers_opd import LIMITS, TEXTS, LocalTeachers
 from tests.trainers_kit import LocalClient, Recorder, prompts, save, tiny_model, tiny_tokenizer
 
 STEPS, KILLED_AT = 9, 7
-ORIGIN = Origin(recipe="r", code="c")
+ORIGIN = Origin(inputs="r", code="c")
 MUON = {"name": "muon", "lr": 5e-3, "adamw_lr": 2e-3, "schedule": "cosine", "warmup_steps": 2}
 ASYNC = RolloutConfig(mode="async", deterministic=True, max_staleness=2)
 
@@ -64,6 +64,11 @@ class LoggedClient(LocalClient):
     def step(self) -> None:
         super().step()
         self.log |= self.finished
+
+    def acknowledge(self, ids: Sequence[str]) -> None:
+        super().acknowledge(ids)
+        for group_id in ids:
+            self.log.pop(group_id, None)
 
 
 class Trial:
@@ -185,6 +190,16 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_happened(name: str, tm
     assert_lossless(lambda: tiny_model(0), train, tmp_path, config.updates_per_batch)
 
 
+def test_the_log_may_forget_what_no_snapshot_that_is_kept_comes_before(tmp_path: Path) -> None:
+    client = LoggedClient(tiny_model(0), {})
+    config = GrpoStage(kind="grpo", steps=STEPS, prompts_per_step=2, group_size=2)
+    plan = SnapshotPlan(str(tmp_path), 2, 2, ORIGIN)
+    job = GrpoJob("stage", config, "", "", prompts("d", ["what?", "a"]), 4, vowels, snapshots=plan)
+    train_grpo(tiny_model(0), tiny_tokenizer(), job, client, 5, Progress(None, "stage", STEPS))
+    assert [one.step for one in snapshots_in(tmp_path)] == [8, 6]
+    assert client.acknowledged == [f"stage/{step}/{row}" for step in range(6) for row in range(2)]
+
+
 @pytest.mark.parametrize("rollout", [RolloutConfig(), ASYNC], ids=["sync", "async"])
 def test_distillation_goes_on_as_if_nothing_had_happened(rollout: RolloutConfig, tmp_path: Path) -> None:
     teachers = {name: save(tiny_model(seed), tmp_path / name) for seed, name in enumerate(sorted(TEXTS), start=1)}
@@ -271,8 +286,8 @@ def test_what_an_interrupted_write_left_is_no_snapshot(two_snapshots: Path, tmp_
 @pytest.mark.parametrize(
     ("origin", "message"),
     [
-        (Origin(recipe="other", code="c"), "was made from another recipe"),
-        (Origin(recipe="r", code="newer"), "was made by another version of posttrain's code"),
+        (Origin(inputs="other", code="c"), "was made from another recipe"),
+        (Origin(inputs="r", code="newer"), "was made by another version of posttrain's code"),
     ],
 )
 def test_another_recipe_or_code_does_not_go_on_from_it(origin: Origin, message: str, two_snapshots: Path) -> None:

@@ -188,6 +188,8 @@ class RunView:
             stage.seconds_reported = float(record["seconds"]) if is_number(record.get("seconds")) else None
             checkpoint = record.get("checkpoint")
             stage.checkpoint = str(checkpoint) if checkpoint else None
+        elif name == "stage_reset":
+            stage.status, stage.history, stage.step = "pending", [], 0
         elif name == "stage_failed":
             stage.status, stage.ended, stage.error = "failed", time, str(record.get("error", "")) or None
 

@@ -23,7 +23,7 @@ from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory
 from posttrain.snapshots import Origin, newest_good
-from posttrain.stages.origin import origin_of
+from posttrain.stages.origin import code_hash, inputs_of
 from posttrain.stages.side_by_side import Stopped
 from posttrain.trainers.jobs import SnapshotPlan
 
@@ -64,6 +64,15 @@ class Work:
                 self.hooked.add((record["checkpoint"], record["hook"]))
             if record.get("event") == "gate":
                 self.gates[record["stage"]] = record["passed"]
+            if record.get("event") == "stage_reset":
+                self._forget_measurements(record["stage"])
+
+    def _forget_measurements(self, stage: str) -> None:
+        """Its checkpoint will be another one."""
+        checkpoint = str(self.run.checkpoint_path(stage))
+        self.measured = {key: value for key, value in self.measured.items() if key[0] != checkpoint}
+        self.hooked = {key for key in self.hooked if key[0] != checkpoint}
+        self.gates.pop(stage, None)
 
     def interrupt(self) -> None:
         """Kill all actors, so that whatever waits for them returns."""
@@ -95,6 +104,9 @@ class Work:
             return checkpoint
         self.require_going_on()
         started = time.monotonic()
+        if not known.attempts:  # what is there under its name comes from other inputs
+            self._forget_samples(name, sampler)
+        self.run.note_origin(name, self._inputs[name], code_hash())
         self.run.start_stage(name)
         plan, done = self._snapshots(name)
         self.run.append_event(
@@ -120,8 +132,8 @@ class Work:
         return Path(result.checkpoint)
 
     @cached_property
-    def _origin(self) -> Origin:
-        return origin_of(self.recipe, self.domains)
+    def _inputs(self) -> dict[str, str]:
+        return inputs_of(self.recipe, self.domains)
 
     def _snapshots(self, name: str) -> tuple[SnapshotPlan | None, int]:
         """What snapshots a stage is to write and which one it goes on from; how many of its steps that has."""
@@ -135,7 +147,8 @@ class Work:
         directory = self.run.snapshots_path(name)
         found = newest_good(directory, tell)
         resume = None if found is None else str(found.path)
-        plan = SnapshotPlan(str(directory), config.every, config.keep, self._origin, resume)
+        origin = Origin(self._inputs[name], code_hash())
+        plan = SnapshotPlan(str(directory), config.every, config.keep, origin, resume)
         return plan, 0 if found is None else found.step
 
     @staticmethod

@@ -154,6 +154,8 @@ class RolloutGeneration:
         self._base: int | None = None
         self._published = -1
         self._began: float | None = None
+        self._kept: list[tuple[int, str]] = []
+        """Groups that are done with and that the log still has, with the step in which they were."""
 
     @property
     def samples(self) -> list[Completion]:
@@ -256,6 +258,7 @@ class RolloutGeneration:
             "steps_done": self.steps_done,
             "asked": self._asked,
             "pending": {group.number: group.oldest_version for group in self._pending.values()},
+            "kept": list(self._kept),
             "ages": self.ages.state_dict(),
             "publish_seconds": list(self.publish_seconds),
             "waited_seconds": self.waited_seconds,
@@ -269,7 +272,7 @@ class RolloutGeneration:
             if number in state["pending"]:
                 group = self._group(number, ask, state["pending"][number])
                 self._pending[group.request.id] = group
-        self._asked, self.steps_done = state["asked"], state["steps_done"]
+        self._asked, self.steps_done, self._kept = state["asked"], state["steps_done"], state["kept"]
         self.ages.load_state_dict(state["ages"])
         self.publish_seconds, self.waited_seconds = state["publish_seconds"], state["waited_seconds"]
         self._began = time.perf_counter() - state["seconds"]
@@ -291,11 +294,21 @@ class RolloutGeneration:
     def _done_with_batch(self) -> None:
         """The latest batch was learned from."""
         if self.groups:
-            self._consumed([group.request.id for group in self.groups])
+            self._consumed([group.request.id for group in self.groups], self.steps_done)
 
-    def _consumed(self, ids: list[str]) -> None:
-        """Groups are done with. Where what is sampled depends on timing, nobody could use them again."""
-        (self.client.acknowledge if self._in_flight else self.client.consume)(ids)
+    def _consumed(self, ids: list[str], step: int) -> None:
+        """Groups are done with, in this step. Where what is sampled depends on timing, nobody could use them again."""
+        if self._in_flight:
+            self.client.acknowledge(ids)
+        else:
+            self.client.consume(ids)
+            self._kept += [(step, group_id) for group_id in ids]
+
+    def snapshots_begin(self, step: int) -> None:
+        """No life of the stage begins before the end of `step` again: the log may forget what was used until then."""
+        if gone := [group_id for used, group_id in self._kept if used <= step]:
+            self.client.acknowledge(gone)
+            self._kept = [(used, group_id) for used, group_id in self._kept if used > step]
 
     def _publish(self) -> None:
         """Publish the current weights, unless that was done in this step."""
@@ -378,7 +391,7 @@ class RolloutGeneration:
             for group in groups:
                 if (group.failure is not None or not next(good)) and spare > 0:
                     spare, replaced = spare - 1, replaced + 1
-                    self._consumed([group.request.id])
+                    self._consumed([group.request.id], self.steps_done + 1)
                 elif group.failure is not None:
                     given_up, reason = given_up + 1, group.failure
                 else:

@@ -269,6 +269,6 @@ def train_grpo(
         parts: dict[str, Part] = {"generation": generation, "difference": trainer.difference}
         if reference is not None and config.reference_every is not None:
             parts["reference"] = reference
-        train(trainer, job.snapshots, progress, parts)
+        train(trainer, job.snapshots, progress, parts, generation.snapshots_begin)
     generation.finish()
     return Sampled.of(generation, trainer.difference)

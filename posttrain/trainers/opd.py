@@ -288,7 +288,7 @@ def train_opd(
         trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
         parts: dict[str, Part] = {"mixing": mixing, "rows": rows, "generation": generation}
         parts |= {"guards": trainer.guards, "difference": trainer.difference}
-        train(trainer, job.snapshots, progress, parts)
+        train(trainer, job.snapshots, progress, parts, generation.snapshots_begin)
     generation.finish()
     return Sampled.of(generation, trainer.difference)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.observe.words import size
-from posttrain.snapshots import prune, write_snapshot
+from posttrain.snapshots import prune, snapshots_in, write_snapshot
 from posttrain.trainers.jobs import SnapshotPlan
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.trl_seam import Resumable
@@ -69,9 +69,12 @@ class Snapshots(TrainerCallback):
     `trl_seam.Resumable` calls `write`, `load` and `load_random`.
     """
 
-    def __init__(self, plan: SnapshotPlan, progress: Progress, parts: Mapping[str, Part]) -> None:
-        """`parts`: beside the trainer's own, in the order in which they are to be restored."""
+    def __init__(
+        self, plan: SnapshotPlan, progress: Progress, parts: Mapping[str, Part], on_written: Callable[[int], None]
+    ) -> None:
+        """See `train`; `parts` in the order in which they are to be restored."""
         self.plan = plan
+        self.on_written = on_written
         self.progress = progress
         self.parts = {"progress": progress, **parts}
         self._saved: dict[str, Any] = {}
@@ -109,6 +112,7 @@ class Snapshots(TrainerCallback):
             self.progress.warn(f"no snapshot after step {step}: {' '.join(str(error).split())[:200]}")
             return
         prune(directory, written, self.plan.keep)
+        self.on_written(snapshots_in(directory)[-1].step)
         self.progress.event("snapshot", step=step, bytes=nbytes, seconds=time.perf_counter() - began)
 
     def load(self, parts: Mapping[str, Part]) -> None:
@@ -123,14 +127,21 @@ class Snapshots(TrainerCallback):
         RandomStates().load_state_dict(self._saved["random"])
 
 
-def train(trainer: Resumable, plan: SnapshotPlan | None, progress: Progress, parts: Mapping[str, Part]) -> None:
+def train(
+    trainer: Resumable,
+    plan: SnapshotPlan | None,
+    progress: Progress,
+    parts: Mapping[str, Part],
+    on_written: Callable[[int], None] = lambda step: None,
+) -> None:
     """Train from the start, or from the snapshot that `plan` names, and write what snapshots it asks for.
 
     Args:
         parts: what changes in training beside model, optimizer and schedule.
+        on_written: called after each snapshot with the step of the oldest one that is kept.
     """
     if plan is not None:
-        trainer.snapshots = Snapshots(plan, progress, parts)
+        trainer.snapshots = Snapshots(plan, progress, parts, on_written)
         trainer.add_callback(trainer.snapshots)
     trainer.train(resume_from_checkpoint=plan.resume if plan else None)
 

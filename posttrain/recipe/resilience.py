@@ -36,4 +36,4 @@ class WatchdogConfig(Section):
 
     def bound(self, phase: str) -> float:
         """Seconds without progress that are allowed in a phase."""
-        return dict[str, float](self.phases).get(phase, self.seconds)
+        return next((seconds for name, seconds in self.phases.items() if name == phase), self.seconds)

@@ -44,10 +44,11 @@ class RandomStates:
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors."""
         version, internal, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+        key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
         return {
             "python": [version, list(internal), gauss],
-            "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            "numpy": {**numpy, "state": {**numpy["state"], "key": key}},
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -56,8 +57,9 @@ class RandomStates:
         """What `state_dict` returned."""
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        numpy = state["numpy"]
+        key = numpy["state"]["key"].numpy().astype(np.uint32)
+        np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
         torch.set_rng_state(state["torch"])
         if state["cuda"]:
             torch.cuda.set_rng_state_all(state["cuda"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from posttrain.data import Problem
@@ -54,34 +56,42 @@ def losses(run: Path) -> dict[tuple[str, int], Any]:
     return {(one["stage"], one["step"]): one["metrics"]["loss"] for one in records(run) if "metrics" in one}
 
 
-def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.fixture
+def commands() -> Iterator[list[Command]]:
+    """Whatever a test starts and leaves is ended."""
+    started: list[Command] = []
+    yield started
+    for process in [process for command in started for process in command.left_over()]:
+        process.kill()
+
+
+def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path, commands: list[Command]) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     whole, run = tmp_path / "runs" / "whole", tmp_path / "runs" / "disturbed"
-    arguments = ("recipe.yaml", "--name", "whole", "--set", "snapshots=null")
-    undisturbed = Command("run", *arguments, directory=tmp_path)
-    try:
-        first = Command("run", "recipe.yaml", "--name", "disturbed", directory=tmp_path)
-        first.wait_until(lambda: steps_of(run, "base") >= 5)
-        (trainer,) = [one for one in first.left_over() if one.cmdline()[0].startswith("ray::TrainerActor.sft")]
-        trainer.send_signal(signal.SIGKILL)
-        assert first.wait(120) == 1, first.output
-        assert "a trainer died" in first.output and first.left_over() == []
 
-        second = Command("resume", "disturbed", directory=tmp_path)
-        second.wait_until(lambda: steps_of(run, GRPO) >= 3)
-        (tmp_path / HANG).touch()
-        second.wait_until(lambda: steps_of(run, "student") >= 3)
-        second.process.kill()
-        second.process.wait()
-        until_nothing_runs(second)
+    def start(*arguments: str) -> Command:
+        commands.append(Command(*arguments, directory=tmp_path))
+        return commands[-1]
 
-        third = Command("resume", "disturbed", directory=tmp_path)
-        assert third.wait() == 0, third.output
-        assert undisturbed.wait() == 0, undisturbed.output
-    finally:
-        for command in (undisturbed,):
-            if command.process.poll() is None:
-                command.process.send_signal(signal.SIGTERM)
+    undisturbed = start("run", "recipe.yaml", "--name", "whole", "--set", "snapshots=null")
+    first = start("run", "recipe.yaml", "--name", "disturbed")
+    first.wait_until(lambda: steps_of(run, "base") >= 5)
+    (trainer,) = [one for one in first.left_over() if one.cmdline()[0].startswith("ray::TrainerActor.sft")]
+    trainer.send_signal(signal.SIGKILL)
+    assert first.wait(120) == 1, first.output
+    assert "a trainer died" in first.output and first.left_over() == []
+
+    second = start("resume", "disturbed")
+    second.wait_until(lambda: steps_of(run, GRPO) >= 3)
+    (tmp_path / HANG).touch()
+    second.wait_until(lambda: steps_of(run, "student") >= 3)
+    second.process.kill()
+    second.process.wait()
+    until_nothing_runs(second)
+
+    third = start("resume", "disturbed")
+    assert third.wait() == 0, third.output
+    assert undisturbed.wait() == 0, undisturbed.output
     assert contents(run / "checkpoints") == contents(whole / "checkpoints")
     assert losses(run) == losses(whole)
     assert not any((run / "snapshots").iterdir()) and not (whole / "snapshots").exists()

@@ -26,7 +26,7 @@ from posttrain.stages.warm_start import expert_rows
 from posttrain.stages.work import Work, wait
 from posttrain.trainers.generation import derive_seed
 from posttrain.trainers.jobs import GrpoJob, SftJob
-from posttrain.trainers.mixing import ordered_by_teacher
+from posttrain.trainers.mixing import OrderedByTeacher
 
 STAGE = "student"
 """The stage that every arm stands for: random numbers and prompts go by its name."""
@@ -187,7 +187,7 @@ def mixed_grpo(comparison: Comparison, name: str) -> Path:
         config=config,
         checkpoint=str(comparison.base),
         output=str(output),
-        prompts=list(ordered_by_teacher(prompts, lambda: shares, steps, config.prompts_per_step, seed)),
+        prompts=list(OrderedByTeacher(prompts, lambda: shares, steps, config.prompts_per_step, seed)),
         max_new_tokens=max(work.recipe.domains[domain].longest_completion for domain in problems),
         reward=DomainRewards(work.recipe, str(work.run.tokenizer_path), everything),
         rollout=work.recipe.rollout,

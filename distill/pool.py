@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -155,9 +156,16 @@ class TeacherPool:
 
 
 def start_teachers(
-    count: int, family: str, budget_bytes: int, threads: int = 1, actor_options: dict[str, Any] | None = None
+    count: int,
+    family: str,
+    budget_bytes: int,
+    threads: int = 1,
+    actor_options: dict[str, Any] | None = None,
+    pulses: Path | None = None,
 ) -> TeacherPool:
     """Start `count` teacher actors. `actor_options` go to Ray (`num_cpus`, `runtime_env`, ...).
+
+    `pulses`: the directory where they leave signs of life.
 
     A worker keeps nothing but a cache, so a dead one is restarted and its calls are repeated. It takes two calls at a
     time: while it computes one, it loads the teacher of the next.
@@ -166,7 +174,12 @@ def start_teachers(
 
     options = {"num_cpus": threads, "max_restarts": 3, "max_task_retries": 3, "max_concurrency": 2}
     actor = ray.remote(TeacherWorker).options(**(options | (actor_options or {})))
-    return TeacherPool([actor.remote(family, budget_bytes, threads) for _ in range(count)])
+    return TeacherPool(
+        [
+            actor.remote(family, budget_bytes, threads, pulses=pulses and (pulses, f"teacher {index}"))
+            for index in range(count)
+        ]
+    )
 
 
 def _get(reference: Any) -> Any:

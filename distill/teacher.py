@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -18,6 +19,7 @@ from distill.checkpoint_store import default_cache
 from distill.model_cache import Device, ModelCache
 from distill.prefill import states_of
 from distill.store import HiddenBlock, TeacherWork
+from posttrain.observe.pulse import Pulse
 from rollouts.weights import PackedTensor
 
 
@@ -30,7 +32,16 @@ class TeacherWorker:
     Every call raises BadInput for a checkpoint that cannot be fetched, verified or loaded.
     """
 
-    def __init__(self, family: str, budget_bytes: int, threads: int | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        family: str,
+        budget_bytes: int,
+        threads: int | None = None,
+        cache: Path | None = None,
+        pulses: tuple[Path, str] | None = None,
+    ) -> None:
+        """`pulses`: where to leave signs of life, and under which name."""
+        self._pulse = Pulse(*pulses) if pulses is not None else None
         if threads is not None:
             torch.set_num_threads(threads)
         self._device = Device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +59,7 @@ class TeacherWorker:
         Returns:
             What it took, then a block for each sequence.
         """
-        with self._models.using(checkpoint) as (held, seconds_load, loaded), self._computing:
+        with self._teaching(), self._models.using(checkpoint) as (held, seconds_load, loaded), self._computing:
             began = time.perf_counter()
             moved = self._device.place(held)
             swapped = time.perf_counter()
@@ -69,14 +80,17 @@ class TeacherWorker:
 
     def head(self, checkpoint: str) -> PackedTensor:
         """The weight of the language-model head, `[V, H]`, in the model's own precision."""
-        with self._models.using(checkpoint) as (held, _, _), self._computing:
+        with self._teaching(), self._models.using(checkpoint) as (held, _, _), self._computing:
             return PackedTensor.of(held.model.get_output_embeddings().weight)
 
     def examine(self, checkpoint: str, canary: Canary, outside: bool) -> Evidence:
         """`distill.canary.examine` on the loaded teacher."""
-        with self._models.using(checkpoint) as (held, _, _), self._computing:
+        with self._teaching(), self._models.using(checkpoint) as (held, _, _), self._computing:
             self._device.place(held)
             return examine(checkpoint, held.model, held.path, canary, outside, self._device.name)
+
+    def _teaching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._pulse is None else self._pulse.phase("teaching")
 
     def loaded(self) -> list[str]:
         """The checkpoints in memory, the one used last at the end."""

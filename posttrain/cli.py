@@ -93,16 +93,29 @@ def run(
 
 
 @app.command()
-def resume(run: RunArgument = None, runs_dir: RunsDirectory = RUNS) -> None:
+def resume(
+    run: RunArgument = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Go on with this recipe. Default: the run's own.", show_default=False),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer reads it, nobody writes it
+    changed: Annotated[
+        Literal["refuse", "rerun", "keep"],
+        typer.Option("--changed", help="What becomes of stages that another recipe, other data or other code began."),
+    ] = "refuse",
+    runs_dir: RunsDirectory = RUNS,
+) -> None:
     """Go on with a run at its first unfinished stage."""
     path = find_run(run, runs_dir)
     with RunDirectory.open(path) as run_directory:
-        if run_directory.status == "finished":
+        other = load_recipe(recipe or path / "recipe.yaml", overrides) if recipe or overrides else None
+        if run_directory.status == "finished" and other is None:
             print(f"{path} is finished; there is nothing left to do")
             return
         from posttrain import pipeline
 
-        code = _drive(lambda: pipeline.resume(run_directory), path)
+        code = _drive(lambda: pipeline.resume(run_directory, other, changed), path)
     raise typer.Exit(code)
 
 

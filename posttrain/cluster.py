@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import psutil
 from posttrain.errors import BadInput, RunFailed
 from posttrain.interrupts import ignored
 from posttrain.observe.metrics import MetricsLog
+from posttrain.observe.pulse import PULSES
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class Cluster:
     """Where Prometheus finds the metrics of this machine's processes."""
     trainers: list[Any] = field(default_factory=list)
     pool: RolloutPool | None = None
+    pulses: Path | None = None
+    """Where actors leave signs of life."""
     _teachers: TeacherPool | None = None
 
     @property
@@ -68,8 +72,15 @@ class Cluster:
                 "runtime_env": {"env_vars": _environment(self.recipe)},
             }
             count, family, budget = cluster.teacher_workers, self.recipe.model.family, cluster.teacher_memory_mib << 20
-            self._teachers = start_teachers(count, family, budget, cluster.threads, options)
+            self._teachers = start_teachers(count, family, budget, cluster.threads, options, self.pulses)
         return self._teachers
+
+    def replace_teacher(self, index: int) -> None:
+        """Kill a teacher worker; Ray starts another one, and repeats what it was asked."""
+        import ray
+
+        assert self._teachers is not None
+        ray.kill(self._teachers.workers[index], no_restart=False)
 
     def keep_first_trainer(self) -> None:
         """End the trainers of the other slots and free their memory: what follows the experts needs one."""
@@ -234,6 +245,8 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
 
     recipe, settings = cluster.recipe, cluster.recipe.cluster
     if run_directory is not None:
+        cluster.pulses = run_directory / PULSES
+        shutil.rmtree(cluster.pulses, ignore_errors=True)  # of an earlier life
         actor = ray.remote(TrainerActor).options(
             num_cpus=ACTOR_CPUS,
             num_gpus=settings.gpus_per_worker,

@@ -20,26 +20,32 @@ from posttrain.stages.evaluate import evaluate, passes_gate
 from posttrain.stages.grpo import run_grpo
 from posttrain.stages.merge import student_start
 from posttrain.stages.opd import run_opd
+from posttrain.stages.origin import Changed
 from posttrain.stages.sft import run_sft
 from posttrain.stages.side_by_side import side_by_side
 from posttrain.stages.warm_start import run_warm_start
 from posttrain.stages.work import Work
+from posttrain.watchdog import going_on
 
 __all__ = ["evaluate_checkpoint", "resume", "run"]
 
 
-def run(recipe: Recipe, run_directory: RunDirectory) -> int:
+def run(recipe: Recipe, run_directory: RunDirectory, changed: Changed = "refuse") -> int:
     """Run a recipe from its first unfinished stage to the report, and print what came of it; returns the exit code."""
-    with session(recipe, run_directory) as (work, initial):
-        drive(work, initial)
+
+    def go() -> None:
+        with session(recipe, run_directory, changed) as (work, initial):
+            drive(work, initial)
+
+    going_on(go)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(final_table(json.loads((run_directory.path / "report.json").read_text())))
     return 0
 
 
-def resume(run_directory: RunDirectory) -> int:
-    """Go on with a run that was stopped; finished stages are not run again."""
-    return run(run_directory.recipe, run_directory)
+def resume(run_directory: RunDirectory, recipe: Recipe | None = None, changed: Changed = "refuse") -> int:
+    """Go on with a run, or with another recipe for it; finished stages whose inputs are the same are not run again."""
+    return run(recipe or run_directory.recipe, run_directory, changed)
 
 
 def drive(work: Work, initial: Path) -> None:

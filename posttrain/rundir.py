@@ -5,7 +5,7 @@ runs/<name>/
     state.json       which stages are done; what `posttrain resume` goes by
     metrics.jsonl    what happened, step by step (posttrain.observe.metrics)
     traces.jsonl     a few samples token by token (posttrain.trainers.traces)
-    log.txt  tokenizer/  checkpoints/<stage, `--` for `/`>/  report.json  report.html
+    log.txt  tokenizer/  checkpoints/<stage, `--` for `/`>/  snapshots/<stage>/  report.json  report.html
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class StageState(BaseModel):
     attempts: int = 0
     metrics: dict[str, Any] = {}
     error: str | None = None
+    inputs: str | None = None
+    """Hash of what it was begun with: its part of the recipe, its data, and the inputs of what it starts from."""
+    code: str | None = None
+    """Hash of the code that it was begun with."""
 
 
 class RunState(BaseModel):
@@ -112,6 +116,8 @@ class RunDirectory:
             raise BadInput(f"{path}: recipe.yaml and state.json name different stages; was recipe.yaml changed?")
         lock = _lock(path)
         run = cls(path, recipe, read_state(path), lock)  # read again: it may have changed until the lock was ours
+        for half in (path / "checkpoints").glob(".*"):  # a checkpoint that was being written when its writer was killed
+            shutil.rmtree(half, ignore_errors=True)
         for name, stage in run._state.stages.items():
             if stage.status == "running":
                 stage.status = "pending"
@@ -167,6 +173,10 @@ class RunDirectory:
         """Where `stage` saves its model: `checkpoints/expert--arithmetic--sft` for `expert/arithmetic/sft`."""
         return self.path / "checkpoints" / stage.replace("/", "--")
 
+    def snapshots_path(self, stage: str) -> Path:
+        """Where `stage` keeps its snapshots until it is done (`posttrain.snapshots`)."""
+        return self.path / "snapshots" / stage.replace("/", "--")
+
     def stage_checkpoint(self, stage: str) -> Path | None:
         """The checkpoint that `stage` has recorded, None before."""
         checkpoint = self._state.stages[stage].checkpoint
@@ -185,6 +195,36 @@ class RunDirectory:
     def start_stage(self, name: str) -> None:
         """`name` runs now, for the first time or once more."""
         self._change(name, status="running", attempts=self.stage(name).attempts + 1, error=None)
+
+    def note_origin(self, name: str, inputs: str, code: str) -> None:
+        """What `name` is made from (`posttrain.stages.origin`)."""
+        self._change(name, inputs=inputs, code=code)
+
+    def reset_stage(self, name: str) -> None:
+        """`name` is to be done anew, as if it had never been begun; what it left is removed."""
+        with self._guard:
+            self._state.stages[name] = StageState()
+            self._save()
+        self.append_event({"event": "stage_reset", "stage": name})
+        for path in (self.checkpoint_path(name), self.snapshots_path(name)):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def forget_checkpoint(self, name: str) -> None:
+        """Remove what lies under `checkpoints/` in this name, if anything does."""
+        shutil.rmtree(self.checkpoint_path(name), ignore_errors=True)
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Go on with another recipe; stages of the same names stay as they are."""
+        if recipe == self.recipe:
+            return
+        with self._guard:
+            known = dict(self._state.stages)
+            if (recipe.stages.base is None) != (self.recipe.stages.base is None):
+                known["base"] = StageState(status="done" if recipe.stages.base is None else "pending")
+            self.recipe = recipe
+            self._state.stages = {name: known.get(name, StageState()) for name in recipe.stage_names()}
+            atomic_write(self.path / "recipe.yaml", resolved_yaml(recipe))
+            self._save()
 
     def finish_stage(self, name: str, checkpoint: str | Path, seconds: float, metrics: Mapping[str, Any]) -> None:
         """`name` is done and its whole checkpoint lies at `checkpoint`; it will not run again."""

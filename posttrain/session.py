@@ -23,16 +23,21 @@ from posttrain.observe.trackers import check_trackers
 from posttrain.observe.tracking import Tracking
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory, RunStatus
+from posttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.stages.origin import Changed
     from posttrain.stages.work import Work
 
 
 @contextmanager
-def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
+def session(recipe: Recipe, run: RunDirectory, changed: Changed = "refuse") -> Iterator[tuple[Work, Path]]:
     """Prepare a run, yield its `Work` and the initial checkpoint, and write status and report at the end.
+
+    Args:
+        changed: what becomes of stages that were begun with something else.
 
     Raises:
         BadInput: found while preparing; nothing was started then.
@@ -42,7 +47,7 @@ def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
     began = time.time()
     print("Preparing problems, tokenizer and initial weights", flush=True)
     try:
-        domains, tokenizer, initial = _prepare(recipe, run)
+        domains, tokenizer, initial = _prepare(recipe, run, changed)
     except KeyboardInterrupt:
         run.set_status("interrupted")
         raise
@@ -63,8 +68,10 @@ def session(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
             from posttrain.stages.work import Work
 
             _announce(cluster, run)
-            with Tracking(run.path, recipe):
-                yield Work(recipe, run, domains, tokenizer, cluster), initial
+            work = Work(recipe, run, domains, tokenizer, cluster)
+            watchdog = Watchdog(recipe.watchdog, cluster, run, work.interrupt)
+            with Tracking(run.path, recipe), watchdog.watching():
+                yield work, initial
 
 
 def _environment(recipe: Recipe) -> dict[str, object]:
@@ -109,10 +116,13 @@ def _recorded_end(run: RunDirectory) -> Iterator[None]:
     write_report(run.path)
 
 
-def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], PreTrainedTokenizerBase, Path]:
+def _prepare(
+    recipe: Recipe, run: RunDirectory, changed: Changed
+) -> tuple[dict[str, DomainData], PreTrainedTokenizerBase, Path]:
     """Data, tokenizer and initial weights: everything that can be wrong with the user's input."""
     from posttrain.stages.hooks import check_hooks
     from posttrain.stages.initial import initial_checkpoint, tokenizer_for
+    from posttrain.stages.origin import reconcile
     from posttrain.stages.scoring import check_rewards
 
     check_dashboard(recipe)
@@ -122,6 +132,7 @@ def _prepare(recipe: Recipe, run: RunDirectory) -> tuple[dict[str, DomainData], 
     check_trackers(recipe)
     tokenizer = tokenizer_for(recipe, run)
     check_data(recipe, tokenizer, domains)
+    reconcile(recipe, run, domains, changed)
     initial = initial_checkpoint(recipe, run, tokenizer)
     describe_engine(recipe, initial, run.path / "engine")
     return domains, tokenizer, initial

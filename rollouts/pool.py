@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
 from rollouts.client import RolloutClient
 from rollouts.fleet import own_error
-from rollouts.service import RolloutService, ServiceSettings
+from rollouts.service import RolloutService, ServiceSettings, ServiceStats
 from rollouts.settings import EngineInfo, EngineSettings, engine_environment
 
 __all__ = ["RolloutClient", "RolloutPool"]
@@ -84,6 +84,18 @@ class RolloutPool:
         if workers < 1:
             raise BadInput(f"{workers} rollout workers: at least one is needed")
         self.client().resize(workers)
+
+    def health(self, seconds: float) -> ServiceStats | None:
+        """The state of the service; None when it does not say within so many seconds."""
+        try:
+            _, stats = ray.get(self._service.call.remote(None, "service_stats"), timeout=seconds)
+        except (GetTimeoutError, RayActorError, RayTaskError):  # whoever waits for samples is told what has failed
+            return None
+        return stats
+
+    def replace_service(self) -> None:
+        """Kill the service; Ray starts another one, which goes on from the log."""
+        ray.kill(self._service, no_restart=False)
 
     def stop(self) -> None:
         """End the service and its workers; may be called again."""

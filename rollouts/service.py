@@ -114,6 +114,8 @@ class ServiceStats:
     deaths: int
     stuck: int
     quarantined: int
+    tokens: int
+    """Sampled by the workers that are there."""
     recovery_seconds: list[float]
 
 
@@ -323,6 +325,7 @@ class RolloutService:
             deaths=fleet.deaths,
             stuck=fleet.stuck,
             quarantined=self._quarantined,
+            tokens=sum(slot.beat.tokens for slot in slots if slot.beat is not None),
             recovery_seconds=fleet.recovery_seconds,
         )
 

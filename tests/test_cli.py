@@ -151,7 +151,8 @@ def test_resume_goes_on_with_the_named_or_the_newest_run(pipeline: Callable[...,
         run_directory.start_stage("expert/sums/sft")
         raise KeyboardInterrupt
 
-    def resume(run_directory: RunDirectory) -> int:
+    def resume(run_directory: RunDirectory, *changes: object) -> int:
+        assert changes == (None, "refuse")
         resumed.append((run_directory.name, run_directory.unfinished_stages()))
         return 0
 

@@ -18,7 +18,7 @@ from posttrain.recipe.student import GuardsConfig
 from posttrain.stages.merge import merge, student_start
 from posttrain.stages.opd import teachers_by_domain
 from posttrain.trainers.jobs import OpdJob, Teacher
-from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
+from posttrain.trainers.mixing import Guards, Mixing, OrderedByTeacher
 from posttrain.trainers.models import load_model
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
@@ -138,7 +138,7 @@ def test_shares_follow_the_divergences_within_bounds() -> None:
 def test_adapted_shares_decide_what_is_asked_next() -> None:
     mixed = mixing(adaptive_shares=1.0)
     supply = {name: prompts(name, ["x", "y", "z"]) for name in ("a", "b")}
-    asked = ordered_by_teacher(supply, mixed.shares, steps=2, batch_size=8, seed=0)
+    asked = iter(OrderedByTeacher(supply, mixed.shares, steps=2, batch_size=8, seed=0))
     first = [next(asked).domain for _ in range(8)]
     mixed.learned({"a": 1.0, "b": 3.0})
     assert Counter(first) == {"a": 4, "b": 4}

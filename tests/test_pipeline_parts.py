@@ -124,7 +124,7 @@ def work_of(directory: Path, changes: dict[str, Any] | None = None) -> tuple[Wor
     return Work(recipe, run, domains, build_character_tokenizer(), Actors()), run  # type: ignore[arg-type]
 
 
-def never(output: str) -> None:
+def never(*place: object) -> None:
     raise AssertionError("a finished stage was run again")
 
 
@@ -172,7 +172,7 @@ def test_a_stage_that_an_interrupt_stopped_is_pending_and_not_failed(
 ) -> None:
     work, run = work_of(tmp_path)
 
-    def killed(output: str) -> None:
+    def killed(*place: object) -> None:
         work.interrupt()
         raise RunFailed("a trainer died")
 
@@ -189,7 +189,7 @@ def test_a_stage_that_an_interrupt_stopped_is_pending_and_not_failed(
 def test_a_stage_that_fails_says_why(tmp_path: Path) -> None:
     work, run = work_of(tmp_path)
 
-    def fail(output: str) -> None:
+    def fail(*place: object) -> None:
         raise KeyError("loss")
 
     with pytest.raises(KeyError):

@@ -19,7 +19,7 @@ from posttrain.observe.metrics import MetricsLog, read_metrics
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import OpdStage, OptimizerConfig, SftStage
 from posttrain.trainers.jobs import OpdJob
-from posttrain.trainers.mixing import ordered_by_teacher
+from posttrain.trainers.mixing import OrderedByTeacher
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import train_sft
@@ -221,7 +221,7 @@ def test_a_domain_without_a_teacher_is_refused(experts: dict[str, str]) -> None:
 def test_batches_are_ordered_by_teacher_and_follow_the_shares() -> None:
     supply = {name: prompts(name, ["a", "b", "c"]) for name in ("x", "y", "z")}
     shares = {"x": 5.0, "y": 2.0, "z": 0.5}
-    rows = list(ordered_by_teacher(supply, lambda: shares, steps=30, batch_size=4, seed=0))
+    rows = list(OrderedByTeacher(supply, lambda: shares, steps=30, batch_size=4, seed=0))
     assert len(rows) == 120
     for step in range(30):
         domains = [row.domain for row in rows[4 * step : 4 * step + 4]]

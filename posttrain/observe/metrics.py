@@ -13,6 +13,7 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
     stage_started      stage, steps; a repeated start forgets the stage's earlier steps, or with `step` those after it
     stage_finished     stage, seconds, steps, checkpoint
     stage_failed       stage, error
+    stage_reset        stage; it is done anew: measurements and gates of it count no longer
     evaluated          stage, model, checkpoint, domain, "pass@1", n, samples, ci95 [low, high], mean_length, seconds;
                        `split` other than "holdout" is shown in passing and never reported as a result
     gate               stage, domain, metric, parent, value, gain, min_gain, passed, action
@@ -27,6 +28,8 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
                        cpu_seconds_by_process_kind
     sample             model, domain, prompt, completion, reference, correct
     warning            message, stage
+    snapshot           stage, step, bytes, seconds
+    stuck              actor, phase, seconds, queues, action, message, stacks (of Python, as text)
 """
 
 from __future__ import annotations

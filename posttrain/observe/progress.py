@@ -131,7 +131,8 @@ class PlainLines:
         if record.get("warning"):
             texts.append(f"warning: {self._view.warnings[-1]}")
         clock = time.strftime("%H:%M:%S", time.localtime(when))
-        return [f"{clock} {' '.join(text.split())}" for text in texts]
+        stacks = str(record.get("stacks", "")).splitlines() if record.get("event") == "stuck" else []
+        return [f"{clock} {' '.join(text.split())}" for text in texts] + [f"    {line}" for line in stacks]
 
     def _step(self, record: Record, when: float) -> str | None:
         name = record.get("stage")
@@ -151,7 +152,8 @@ class PlainLines:
         stage, event = str(record.get("stage", "")), record["event"]
         if event == "stage_started":
             self._last_line[stage] = record_time(record)
-            return f"{stage} started" + (f": {record['steps']} steps" if record.get("steps") else "")
+            begins = f"goes on after step {record['step']}" if record.get("step") else "started"
+            return f"{stage} {begins}" + (f": {record['steps']} steps" if record.get("steps") else "")
         if event == "stage_finished":
             view = self._view.stage(stage)
             return ", ".join([f"{stage} finished in {duration(view.seconds())}", *_measures(view)])
@@ -170,6 +172,8 @@ class PlainLines:
             return f"gate of {stage}: {verdict}, {values}, needed gain {percent(record.get('min_gain'))}"
         if event == "warning":
             return f"warning: {self._view.warnings[-1]}"
+        if event == "stuck":
+            return f"STUCK: {record.get('message')}; action: {record.get('action')}"
         if event == "dashboard":
             return f"Ray's dashboard: {record.get('address')}"
         if event == "run_started":

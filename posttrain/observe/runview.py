@@ -160,6 +160,8 @@ class RunView:
     def _add_event(self, name: str, record: Record, time: float) -> None:
         if name in ("run_started", "run_finished"):
             self._end_running_stages("interrupted", time)
+        if name == "stuck":
+            self.warnings.append(f"watchdog: {record.get('message', '')}")
         if name == "warning":
             self.warnings.append(f"{record.get('stage', 'run')}: {record.get('message', '')}")
         if name == "evaluated" and record.get("split", "holdout") == "holdout" and is_number(record.get("pass@1")):
@@ -192,6 +194,8 @@ class RunView:
             stage.seconds_reported = float(record["seconds"]) if is_number(record.get("seconds")) else None
             checkpoint = record.get("checkpoint")
             stage.checkpoint = str(checkpoint) if checkpoint else None
+        elif name == "stage_reset":
+            stage.status, stage.history, stage.step = "pending", [], 0
         elif name == "stage_failed":
             stage.status, stage.ended, stage.error = "failed", time, str(record.get("error", "")) or None
 

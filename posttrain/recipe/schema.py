@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from posttrain.recipe.consistency import check_parts
 from posttrain.recipe.domains import DomainConfig
 from posttrain.recipe.evaluation import EvaluationHook, HoldoutEvaluation
+from posttrain.recipe.resilience import SnapshotConfig, WatchdogConfig
 from posttrain.recipe.section import Section
 from posttrain.recipe.section import wrong as _wrong
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage, StagesConfig
@@ -128,6 +129,8 @@ class Recipe(Section):
     rollout: RolloutConfig = RolloutConfig()
     domains: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")], DomainConfig] = Field(min_length=1)
     stages: StagesConfig
+    snapshots: SnapshotConfig | None = None
+    watchdog: WatchdogConfig = WatchdogConfig()
     evaluation: list[EvaluationHook] = [EvaluationHook(holdout=HoldoutEvaluation())]
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Who is told every metric, beside metrics.jsonl and Ray: files in the run directory (docs/monitoring.md)."""

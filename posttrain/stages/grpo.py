@@ -14,7 +14,7 @@ from posttrain.recipe.stages import GrpoStage
 from posttrain.stages.episodes import episodes_of, policy_messages
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
-from posttrain.trainers.jobs import GrpoJob, Prompt
+from posttrain.trainers.jobs import GrpoJob, Prompt, SnapshotPlan
 
 VERSION_BITS = 20
 """More weight versions than a stage has steps and evaluations."""
@@ -72,7 +72,7 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domains: list[str], start
     """
     config = config.for_domain(domains[0])
 
-    def job(output: str) -> GrpoJob:
+    def job(output: str, snapshots: SnapshotPlan | None) -> GrpoJob:
         problems = draw_from(work, name, domains, config.steps * config.prompts_per_step, config.shares)
         return GrpoJob(
             stage=name,
@@ -85,7 +85,8 @@ def run_grpo(work: Work, name: str, config: GrpoStage, domains: list[str], start
             rollout=work.recipe.rollout,
             first_version=first_version(work, name),
             episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), problems),
+            snapshots=snapshots,
         )
 
     trainer, client = work.cluster.trainers[slot], work.cluster.client(slot)
-    return work.stage(name, config.steps, lambda output: trainer.grpo.remote(job(output), client), client)
+    return work.stage(name, config.steps, lambda *place: trainer.grpo.remote(job(*place), client), client)

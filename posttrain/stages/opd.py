@@ -9,7 +9,7 @@ from posttrain.stages.episodes import episodes_of
 from posttrain.stages.grpo import draw, first_version, prompts_of
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.work import Work
-from posttrain.trainers.jobs import OpdJob, Teacher
+from posttrain.trainers.jobs import OpdJob, SnapshotPlan, Teacher
 
 
 def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path]) -> Path:
@@ -19,14 +19,22 @@ def run_opd(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
     return work.stage(
         name,
         config.steps,
-        lambda output: cluster.trainers[0].opd.remote(
-            opd_job(work, name, config, start, experts, output), client, cluster.teachers()
+        lambda *place: cluster.trainers[0].opd.remote(
+            opd_job(work, name, config, start, experts, *place), client, cluster.teachers()
         ),
         client,
     )
 
 
-def opd_job(work: Work, name: str, config: OpdStage, start: Path, experts: dict[str, Path], output: str) -> OpdJob:
+def opd_job(
+    work: Work,
+    name: str,
+    config: OpdStage,
+    start: Path,
+    experts: dict[str, Path],
+    output: str,
+    snapshots: SnapshotPlan | None,
+) -> OpdJob:
     """What the trainer is asked to do."""
     teachers = teachers_by_domain(work, experts)
     problems = {domain: draw(work, name, domain, config.steps * config.batch_size) for domain in teachers}
@@ -43,6 +51,7 @@ def opd_job(work: Work, name: str, config: OpdStage, start: Path, experts: dict[
         rollout=work.recipe.rollout,
         first_version=first_version(work, name),
         episodes=episodes_of(work.recipe, str(work.run.tokenizer_path), everything),
+        snapshots=snapshots,
     )
 
 

@@ -18,7 +18,7 @@ from posttrain.recipe import Recipe
 from posttrain.recipe.stages import SftStage
 from posttrain.stages.episodes import taught_row, tools_of
 from posttrain.stages.work import Work
-from posttrain.trainers.jobs import SftJob
+from posttrain.trainers.jobs import SftJob, SnapshotPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,15 +30,15 @@ Row = dict[str, list[int]]
 def run_sft(work: Work, name: str, config: SftStage, domains: list[str], start: Path, slot: int = 0) -> Path:
     """Train on the reference answers of `domains` in their shares, or on conversations, and return the checkpoint."""
 
-    def job(output: str) -> SftJob:
+    def job(output: str, snapshots: SnapshotPlan | None) -> SftJob:
         count = config.steps * config.batch_size
         if config.conversations is None:
             rows = [_problem_row(work, problem) for problem in draw_examples(work, name, domains, count, config.shares)]
         else:
             rows = _conversation_rows(work, name, config, count)
-        return SftJob(stage=name, config=config, checkpoint=str(start), output=output, rows=rows)
+        return SftJob(name, config, str(start), output, rows, snapshots)
 
-    return work.stage(name, config.steps, lambda output: work.cluster.trainers[slot].sft.remote(job(output)))
+    return work.stage(name, config.steps, lambda *place: work.cluster.trainers[slot].sft.remote(job(*place)))
 
 
 def _problem_row(work: Work, problem: Problem) -> Row:

@@ -71,6 +71,8 @@ def side_by_side(
         raise
     if errors:
         raise errors[0]
+    if len(results) < len(names):  # somebody else ends the run
+        raise Stopped
     return {name: results[name] for name in names}
 
 

@@ -13,8 +13,8 @@ from posttrain.stages.grpo import draw, prompts_of
 from posttrain.stages.opd import teachers_by_domain
 from posttrain.stages.work import Work
 from posttrain.trainers.generation import derive_seed
-from posttrain.trainers.jobs import Prompt, SftJob
-from posttrain.trainers.mixing import ordered_by_teacher
+from posttrain.trainers.jobs import Prompt, SftJob, SnapshotPlan
+from posttrain.trainers.mixing import OrderedByTeacher
 from rollouts.asking import answers_to
 from rollouts.environments import with_episodes
 from rollouts.types import Completion, GroupRequest, Sampling
@@ -31,11 +31,13 @@ def run_warm_start(work: Work, name: str, config: OpdStage, start: Path, experts
     warm_start = config.warm_start
     assert warm_start is not None
 
-    def job(output: str) -> SftJob:
+    def job(output: str, snapshots: SnapshotPlan | None) -> SftJob:
         rows = expert_rows(work, name, config, warm_start, answering(work, config, experts))
-        return SftJob(stage=name, config=warm_start, checkpoint=str(start), output=output, rows=rows)
+        return SftJob(
+            stage=name, config=warm_start, checkpoint=str(start), output=output, rows=rows, snapshots=snapshots
+        )
 
-    return work.stage(name, warm_start.steps, lambda output: work.cluster.trainers[0].sft.remote(job(output)))
+    return work.stage(name, warm_start.steps, lambda *place: work.cluster.trainers[0].sft.remote(job(*place)))
 
 
 def answering(work: Work, config: OpdStage, experts: Mapping[str, Path]) -> dict[str, Path]:
@@ -60,7 +62,7 @@ def expert_rows(
     prompts = {domain: prompts_of(work, group) for domain, group in problems.items()}
     shares = {domain: config.shares.get(domain, 1.0) for domain in experts}
     seed = derive_seed(work.recipe.seed, name)
-    asked = list(ordered_by_teacher(prompts, lambda: shares, warm_start.steps, warm_start.batch_size, seed))
+    asked = list(OrderedByTeacher(prompts, lambda: shares, warm_start.steps, warm_start.batch_size, seed))
     everything = [problem for group in problems.values() for problem in group]
     service = work.cluster.client()
     client = with_episodes(service, episodes_of(work.recipe, str(work.run.tokenizer_path), everything))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from threading import Event
@@ -20,7 +22,10 @@ from posttrain.errors import BadInput, RunFailed
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory
+from posttrain.snapshots import Origin, newest_good
+from posttrain.stages.origin import code_hash, inputs_of
 from posttrain.stages.side_by_side import Stopped
+from posttrain.trainers.jobs import SnapshotPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +64,15 @@ class Work:
                 self.hooked.add((record["checkpoint"], record["hook"]))
             if record.get("event") == "gate":
                 self.gates[record["stage"]] = record["passed"]
+            if record.get("event") == "stage_reset":
+                self._forget_measurements(record["stage"])
+
+    def _forget_measurements(self, stage: str) -> None:
+        """Its checkpoint will be another one."""
+        checkpoint = str(self.run.checkpoint_path(stage))
+        self.measured = {key: value for key, value in self.measured.items() if key[0] != checkpoint}
+        self.hooked = {key for key in self.hooked if key[0] != checkpoint}
+        self.gates.pop(stage, None)
 
     def interrupt(self) -> None:
         """Kill all actors, so that whatever waits for them returns."""
@@ -71,11 +85,17 @@ class Work:
         if self.ending.is_set():
             raise Stopped
 
-    def stage(self, name: str, steps: int, do: Callable[[str], Any], sampler: RolloutClient | None = None) -> Path:
-        """Run one stage unless it is done already, and return its checkpoint.
+    def stage(
+        self,
+        name: str,
+        steps: int,
+        do: Callable[[str, SnapshotPlan | None], Any],
+        sampler: RolloutClient | None = None,
+    ) -> Path:
+        """Run one stage, or the rest of it, unless it is done already, and return its checkpoint.
 
         Args:
-            do: takes the directory to write, and returns a Ray reference to a `StageResult`.
+            do: takes the directory to write and the plan of snapshots, and returns a Ray reference to a `StageResult`.
             sampler: the rollout workers that the stage samples with.
         """
         known, checkpoint = self.run.stage(name), self.run.stage_checkpoint(name)
@@ -84,11 +104,17 @@ class Work:
             return checkpoint
         self.require_going_on()
         started = time.monotonic()
+        if not known.attempts:  # what is there under its name comes from other inputs
+            self._forget_samples(name, sampler)
+        self.run.note_origin(name, self._inputs[name], code_hash())
         self.run.start_stage(name)
-        self.run.append_event({"event": "stage_started", "stage": name, "steps": steps})
+        plan, done = self._snapshots(name)
+        self.run.append_event(
+            {"event": "stage_started", "stage": name, "steps": steps, **({"step": done} if done else {})}
+        )
         try:
             before, asked = sampler.stats() if sampler else [], time.monotonic()
-            result: StageResult = wait(do(str(self.run.checkpoint_path(name))), self.run.log_path)
+            result: StageResult = wait(do(str(self.run.checkpoint_path(name)), plan), self.run.log_path)
             after, elapsed = sampler.stats() if sampler else [], time.monotonic() - asked
         except BaseException as error:
             self._stopped(name, error)
@@ -102,7 +128,28 @@ class Work:
              "checkpoint": result.checkpoint}
         )  # fmt: skip
         self._forget_samples(name, sampler)
+        shutil.rmtree(self.run.snapshots_path(name), ignore_errors=True)
         return Path(result.checkpoint)
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        return inputs_of(self.recipe, self.domains)
+
+    def _snapshots(self, name: str) -> tuple[SnapshotPlan | None, int]:
+        """What snapshots a stage is to write and which one it goes on from; how many of its steps that has."""
+        config = self.recipe.snapshots
+        if config is None:
+            return None, 0
+
+        def tell(message: str) -> None:
+            self.run.append_event({"event": "warning", "stage": name, "message": message})
+
+        directory = self.run.snapshots_path(name)
+        found = newest_good(directory, tell)
+        resume = None if found is None else str(found.path)
+        origin = Origin(self._inputs[name], code_hash())
+        plan = SnapshotPlan(str(directory), config.every, config.keep, origin, resume)
+        return plan, 0 if found is None else found.step
 
     @staticmethod
     def _forget_samples(stage: str, sampler: RolloutClient | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import RunFailed
 from posttrain.observe.metrics import MetricsLog
+from posttrain.observe.pulse import PULSES, Pulse
 from posttrain.recipe.schema import Recipe
 from posttrain.trainers.jobs import GrpoJob, OpdJob, SftJob, StageResult
 
@@ -30,7 +31,8 @@ class TrainerActor:
     """Trains one model at a time and leaves its checkpoint in the job's output directory.
 
     Make it an actor with `ray.remote(TrainerActor)`; the methods are the same without Ray. Stages write their
-    metrics lines to `metrics.jsonl` in the run directory. A stage is repeated from its start when the actor dies.
+    metrics lines to `metrics.jsonl` in the run directory. When the actor dies, a stage goes on from its last snapshot,
+    or starts again.
     """
 
     def __init__(self, slot: int, recipe_json: str, run_directory: str) -> None:
@@ -38,6 +40,7 @@ class TrainerActor:
         self.recipe = Recipe.model_validate_json(recipe_json)
         self.log = MetricsLog(Path(run_directory) / "metrics.jsonl")
         self.traces = MetricsLog(Path(run_directory) / "traces.jsonl")
+        self.pulse = Pulse(Path(run_directory) / PULSES, f"trainer {slot}")
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         import torch
         import transformers
@@ -56,7 +59,7 @@ class TrainerActor:
         from posttrain.trainers.sft import train_sft
 
         def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress) -> None:
-            train_sft(model, tokenizer, job.rows, job.config, seed, progress)
+            train_sft(model, tokenizer, job.rows, job.config, seed, progress, job.snapshots)
 
         return self._run(job, train)
 
@@ -81,24 +84,17 @@ class TrainerActor:
     def _run(
         self, job: SftJob | GrpoJob | OpdJob, train: Callable[..., Sampled | None], updates_per_step: int = 1
     ) -> StageResult:
-        from transformers import set_seed
-
-        from posttrain.trainers.generation import derive_seed
-        from posttrain.trainers.lora import add_adapters
-        from posttrain.trainers.models import load_model, load_tokenizer, save_checkpoint
+        from posttrain.trainers.models import save_checkpoint
         from posttrain.trainers.progress import Progress
 
         started = time.perf_counter()
-        gc.collect()  # trainers of TRL refer to themselves: the last stage's model goes now, before the next is there
-        seed = derive_seed(self.recipe.seed, job.stage)
-        set_seed(seed)
-        model = load_model(self.recipe.model.family, job.checkpoint)
-        if job.config.lora is not None:
-            add_adapters(model, job.config.lora, job.stage)
-        tokenizer = load_tokenizer(job.checkpoint)
-        progress = Progress(self.log, job.stage, job.config.steps, updates_per_step, self.traces)
-        outcome = train(model, tokenizer, seed, progress)
-        save_checkpoint(model, tokenizer, job.output)
+        with self.pulse.phase("loading"):
+            model, tokenizer, seed = self._load(job)
+        progress = Progress(self.log, job.stage, job.config.steps, updates_per_step, self.traces, self.pulse)
+        with self.pulse.phase("learning"):
+            outcome = train(model, tokenizer, seed, progress)
+        with self.pulse.phase("saving"):
+            save_checkpoint(model, tokenizer, job.output)
         rollouts: dict[str, Any] = {}
         if outcome is not None:
             measured = outcome.difference.tokens > 0
@@ -119,3 +115,19 @@ class TrainerActor:
             metrics=progress.last,
             **rollouts,
         )
+
+    def _load(self, job: SftJob | GrpoJob | OpdJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+        """Model, tokenizer and seed of a stage."""
+        from transformers import set_seed
+
+        from posttrain.trainers.generation import derive_seed
+        from posttrain.trainers.lora import add_adapters
+        from posttrain.trainers.models import load_model, load_tokenizer
+
+        gc.collect()  # trainers of TRL refer to themselves: the last stage's model goes now, before the next is there
+        seed = derive_seed(self.recipe.seed, job.stage)
+        set_seed(seed)
+        model = load_model(self.recipe.model.family, job.checkpoint)
+        if job.config.lora is not None:
+            add_adapters(model, job.config.lora, job.stage)
+        return model, load_tokenizer(job.checkpoint), seed

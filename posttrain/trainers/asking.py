@@ -64,6 +64,14 @@ class Asking:
         self._began: float | None = None
         """When the first samples of the batch were sent."""
 
+    def state_dict(self) -> dict[str, int]:
+        """For a snapshot: what was sent for a batch that was not learned from is sent again."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """What `state_dict` returned."""
+        self.step = state["step"]
+
     def domain_finished(self, groups: Sequence[Group]) -> None:
         """All samples of a domain in the coming batch: send them."""
         self._ahead[_ids(groups)] = self._send(groups)

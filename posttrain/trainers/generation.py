@@ -93,6 +93,8 @@ class Group:
     """The version of the weights when it was asked for: none of its tokens may be older."""
     completions: list[Completion] = field(default_factory=list)
     failure: str | None = None
+    ended: bool = False
+    """It has its completions, or failed."""
     rewards: list[float] = field(default_factory=list)
     reward_parts: list[dict[str, float]] = field(default_factory=list)
 
@@ -156,6 +158,8 @@ class RolloutGeneration:
         self._base: int | None = None
         self._published = -1
         self._began: float | None = None
+        self._kept: list[tuple[int, str]] = []
+        """Groups that are done with and that the log still has, with the step in which they were."""
 
     @property
     def samples(self) -> list[Completion]:
@@ -176,6 +180,8 @@ class RolloutGeneration:
         """
         self._began = self._began or time.perf_counter()
         self._done_with_batch()
+        if self._pending and self._base is None:
+            self._ask_again()
         in_flight, ahead = self._in_flight, self.rollout.steps_ahead
         if in_flight:
             self._publish()
@@ -244,6 +250,37 @@ class RolloutGeneration:
         chosen = samples if rows is None else [samples[row] for row in rows]
         return [mask for one in chosen for mask in one.masks or [b""] * len(one.token_ids)]
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot, after an update.
+
+        Where the same run has to give the same tokens, waits for all that was asked for, so that the log has it: the
+        weights that it comes from will not come by again.
+        """
+        if not self._in_flight:
+            self._fetch(list(self._pending))
+        return {
+            "steps_done": self.steps_done,
+            "asked": self._asked,
+            "pending": {group.number: group.oldest_version for group in self._pending.values()},
+            "kept": list(self._kept),
+            "ages": self.ages.state_dict(),
+            "publish_seconds": list(self.publish_seconds),
+            "waited_seconds": self.waited_seconds,
+            "seconds": time.perf_counter() - self._began if self._began is not None else 0.0,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned: goes on with the next prompts; what was asked for is asked for again."""
+        for number in range(state["asked"]):
+            ask = next(self.asks)
+            if number in state["pending"]:
+                group = self._group(number, ask, state["pending"][number])
+                self._pending[group.request.id] = group
+        self._asked, self.steps_done, self._kept = state["asked"], state["steps_done"], state["kept"]
+        self.ages.load_state_dict(state["ages"])
+        self.publish_seconds, self.waited_seconds = state["publish_seconds"], state["waited_seconds"]
+        self._began = time.perf_counter() - state["seconds"]
+
     def finish(self) -> None:
         """The stage is over: nothing that was asked for is needed any more."""
         self._done_with_batch()
@@ -261,11 +298,21 @@ class RolloutGeneration:
     def _done_with_batch(self) -> None:
         """The latest batch was learned from."""
         if self.groups:
-            self._consumed([group.request.id for group in self.groups])
+            self._consumed([group.request.id for group in self.groups], self.steps_done)
 
-    def _consumed(self, ids: list[str]) -> None:
-        """Groups are done with. Where what is sampled depends on timing, nobody could use them again."""
-        (self.client.acknowledge if self._in_flight else self.client.consume)(ids)
+    def _consumed(self, ids: list[str], step: int) -> None:
+        """Groups are done with, in this step. Where what is sampled depends on timing, nobody could use them again."""
+        if self._in_flight:
+            self.client.acknowledge(ids)
+        else:
+            self.client.consume(ids)
+            self._kept += [(step, group_id) for group_id in ids]
+
+    def snapshots_begin(self, step: int) -> None:
+        """No life of the stage begins before the end of `step` again: the log may forget what was used until then."""
+        if gone := [group_id for used, group_id in self._kept if used <= step]:
+            self.client.acknowledge(gone)
+            self._kept = [(used, group_id) for used, group_id in self._kept if used > step]
 
     def _publish(self) -> None:
         """Publish the current weights, unless that was done in this step."""
@@ -273,13 +320,13 @@ class RolloutGeneration:
             return
         started = time.perf_counter()
         if self._base is None:  # another stage may have published to the same engines before
-            self._base = max(self.client.weight_version() or 0, self.first_version)
+            self._base = max((self.client.weight_version() or 0) - self.steps_done, self.first_version)
             if self._in_flight or self._base != self.first_version:
                 # What an earlier life of the stage left comes from other weights than these versions will be.
                 self.client.forget_under(f"{self.stage}/")
-        self.publish_seconds.append(
-            self.client.publish(publishable_weights(self.model()), self._base + self.steps_done + 1)
-        )
+        with self.progress.phase("publishing"):
+            weights = publishable_weights(self.model())
+            self.publish_seconds.append(self.client.publish(weights, self._base + self.steps_done + 1))
         self._published = self.steps_done
         self.progress.add("seconds_publish", time.perf_counter() - started)
 
@@ -292,24 +339,47 @@ class RolloutGeneration:
         assert self._base is not None
         groups = []
         for _, ask in zip(range(count), self.asks, strict=False):
-            batch, row = divmod(self._asked, self.prompts_per_step)
-            sampling = Sampling(
-                max_tokens=ask.max_tokens,
-                temperature=self.temperature,
-                n=self.group_size,
-                seed=derive_seed(self.seed, "batch", batch),
-                routes=self.keep_routing,
-                top_p=self.top_p,
-                masks=self.top_p < 1,
-            )
-            name, tokens = f"{self.stage}/{batch}/{row}", list(ask.prompt.token_ids)
-            request = GroupRequest(
-                name, tokens, sampling, index=row, domain=ask.prompt.domain, problem_id=ask.prompt.problem_id
-            )
-            groups.append(Group(self._asked, ask.prompt, request, self._base + self._published + 1))
+            groups.append(self._group(self._asked, ask, self._base + self._published + 1))
             self._asked += 1
         self._pending |= {group.request.id: group for group in groups}
-        self.client.submit([group.request for group in groups])
+        with self.progress.phase("sampling"):
+            self.client.submit([group.request for group in groups])
+
+    def _group(self, number: int, ask: Ask, oldest_version: int) -> Group:
+        """Request `number` of the stage."""
+        batch, row = divmod(number, self.prompts_per_step)
+        sampling = Sampling(
+            max_tokens=ask.max_tokens,
+            temperature=self.temperature,
+            n=self.group_size,
+            seed=derive_seed(self.seed, "batch", batch),
+            routes=self.keep_routing,
+            top_p=self.top_p,
+            masks=self.top_p < 1,
+        )
+        name, tokens = f"{self.stage}/{batch}/{row}", list(ask.prompt.token_ids)
+        request = GroupRequest(
+            name, tokens, sampling, index=row, domain=ask.prompt.domain, problem_id=ask.prompt.problem_id
+        )
+        return Group(number, ask.prompt, request, oldest_version)
+
+    def _ask_again(self) -> None:
+        """After a restart: for what had been asked for when the snapshot was written."""
+        self._publish()
+        self.client.submit([group.request for group in self._pending.values()])
+        if self._in_flight:
+            return
+        self._fetch(list(self._pending))
+        lost = [
+            group.request.id
+            for group in self._pending.values()
+            if any(sample.weight_version > group.oldest_version for sample in group.completions)
+        ]
+        if lost:
+            self.progress.warn(
+                f"{len(lost)} groups were sampled anew after the restart, from newer weights than before: the log does "
+                f"not have all of them ({lost[0]}); the stage does not end with the bits of an undisturbed one"
+            )
 
     def _take(self) -> list[Group]:
         """Wait for one step's groups; those that teach nothing are replaced as long as there are spare ones."""
@@ -325,7 +395,7 @@ class RolloutGeneration:
             for group in groups:
                 if (group.failure is not None or not next(good)) and spare > 0:
                     spare, replaced = spare - 1, replaced + 1
-                    self._consumed([group.request.id])
+                    self._consumed([group.request.id], self.steps_done + 1)
                 elif group.failure is not None:
                     given_up, reason = given_up + 1, group.failure
                 else:
@@ -360,19 +430,29 @@ class RolloutGeneration:
     def _collect(self, count: int) -> list[Group]:
         """As `_receive`, all at once."""
         started = time.perf_counter()
-        ids = None if self._in_flight else list(self._pending)[:count]
-        finished = self.client.collect(count, ids)
+        ids = self._fetch(list(self._pending)[:count]) if not self._in_flight else self._take_in(count)
         self.waited_seconds += time.perf_counter() - started
-        groups = []
+        if len(ids) != count:
+            raise RunFailed(f"the rollout service returned {len(ids)} groups; {count} were asked for")
+        return [self._pending.pop(group_id) for group_id in ids]
+
+    def _fetch(self, ids: list[str]) -> list[str]:
+        """Wait for these groups, where they are not here yet; returns those that came."""
+        missing = [one for one in ids if not self._pending[one].ended]
+        if missing:
+            self._take_in(len(missing), missing)
+        return [one for one in ids if self._pending[one].ended]
+
+    def _take_in(self, count: int, ids: list[str] | None = None) -> list[str]:
+        """Collect groups and note what came of them; returns their ids."""
+        with self.progress.phase("sampling"):
+            finished = self.client.collect(count, ids)
         for one in finished:
-            group = self._pending.pop(one.request.id)
-            group.completions, group.failure = one.completions, one.failure
+            group = self._pending[one.request.id]
+            group.completions, group.failure, group.ended = one.completions, one.failure, True
             if group.failure is None:
                 self._check(group)
-            groups.append(group)
-        if len(groups) != count:
-            raise RunFailed(f"the rollout service returned {len(groups)} groups; {count} were asked for")
-        return groups
+        return [one.request.id for one in finished]
 
     def _check(self, group: Group) -> None:
         if len(group.completions) != self.group_size:

@@ -37,6 +37,7 @@ from posttrain.trainers.mismatch import LogprobDifference, importance_ratios
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import frozen_router
 from posttrain.trainers.settings import endless, training_arguments
+from posttrain.trainers.snapshots import Part, train
 from posttrain.trainers.traces import Traces
 from posttrain.trainers.trl_seam import Batch, GroupRelativeTrainer, GRPOConfig
 from rollouts.environments import with_episodes
@@ -122,11 +123,12 @@ class RewardColumn:
         """Score groups; for each, whether its answers differ in reward, so that something can be learned from it."""
         started = time.perf_counter()
         pairs = [(group, sample) for group in groups for sample in group.completions]
-        rewards, parts = self.reward(
-            [group.prompt.problem_id for group, _ in pairs],
-            [sample.sampled_ids for _, sample in pairs],
-            [sample.finish_reason for _, sample in pairs],
-        )
+        with self.progress.phase("rewarding"):
+            rewards, parts = self.reward(
+                [group.prompt.problem_id for group, _ in pairs],
+                [sample.sampled_ids for _, sample in pairs],
+                [sample.finish_reason for _, sample in pairs],
+            )
         paid = [sample.episode.reward if sample.episode else 0.0 for _, sample in pairs]
         if any(paid):
             rewards = [reward + own for reward, own in zip(rewards, paid, strict=True)]
@@ -302,6 +304,9 @@ def train_grpo(
         trainer.progress, trainer.difference = progress, LogprobDifference()
         trainer.auxiliary, trainer.config = auxiliary, config
         trainer.traces = Traces(progress.traces, job.stage, config.steps, tokenizer)
-        trainer.train()
+        parts: dict[str, Part] = {"generation": generation, "difference": trainer.difference}
+        if reference is not None and config.reference_every is not None:
+            parts["reference"] = reference
+        train(trainer, job.snapshots, progress, parts, generation.snapshots_begin)
     generation.finish()
     return Sampled.of(generation, trainer.difference)

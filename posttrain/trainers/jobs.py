@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
 from posttrain.recipe.student import teaching
+from posttrain.snapshots import Origin
 
 if TYPE_CHECKING:
     from rollouts.environments import Episodes
@@ -55,6 +56,19 @@ def bind_reward(reward: Reward | None, client: Any, stage: str) -> None:
 
 
 @dataclass(frozen=True)
+class SnapshotPlan:
+    """Snapshots that a stage is to write (`posttrain.snapshots`), and the one that it goes on from."""
+
+    directory: str
+    every: int
+    """Steps."""
+    keep: int
+    origin: Origin
+    resume: str | None = None
+    """The snapshot's directory; None: the stage begins at its start."""
+
+
+@dataclass(frozen=True)
 class SftJob:
     stage: str
     config: SftStage
@@ -64,6 +78,8 @@ class SftJob:
     """The directory to write; it appears when it is complete."""
     rows: Sequence[Mapping[str, Sequence[int]]]
     """`input_ids` and `labels`, -100 where there is no loss (`posttrain.data.rows.sft_rows`)."""
+    snapshots: SnapshotPlan | None = None
+    """None: the stage writes none."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,7 @@ class GrpoJob:
     """Published weights get higher versions than this one; see `posttrain.stages.grpo.first_version`."""
     episodes: Episodes | None = None
     """Problems that are conversations with an environment; `max_new_tokens` are then those of a whole episode."""
+    snapshots: SnapshotPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +133,7 @@ class OpdJob:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     first_version: int = 0
     episodes: Episodes | None = None
+    snapshots: SnapshotPlan | None = None
 
     def teachers_of(self, domain: str, step: int | None = None) -> Sequence[Teacher]:
         """Who teaches a domain in a step (from 1); None: in any."""

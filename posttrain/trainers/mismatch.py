@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ class LogprobDifference:
     largest: float = 0.0
     tokens: int = 0
     k3_sum: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        vars(self).update(state)
 
     @property
     def k3(self) -> float:
@@ -97,6 +106,14 @@ class Ages:
     ratio_sum: float = 0.0
     ratio_tokens: int = 0
     bounded_tokens: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        vars(self).update({name: Counter(value) if isinstance(value, dict) else value for name, value in state.items()})
 
     def add(self, samples: Sequence[Completion], version: int) -> dict[str, float]:
         """Take in a batch that is trained at `version`; return the metrics of this batch alone."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 from posttrain.errors import RunFailed
 from posttrain.recipe.stages import OpdStage
@@ -31,6 +33,14 @@ class Mixing:
         self._running: dict[str, float] = {}
         self._hungry = dict.fromkeys(self.domains, 0)
         self._warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot."""
+        return {"running": dict(self._running), "hungry": dict(self._hungry), "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        self._running, self._hungry, self._warned = state["running"], state["hungry"], set(state["warned"])
 
     def shares(self) -> dict[str, float]:
         """What each domain is to get of the samples that are asked for next; relative to each other."""
@@ -76,6 +86,14 @@ class Guards:
         self._first_length: dict[str, float] = {}
         self._out: dict[tuple[str, str], int] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot."""
+        return {"first_length": dict(self._first_length), "out": dict(self._out)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        self._first_length, self._out = state["first_length"], state["out"]
+
     def check(self, domain: str, entropy: float | None, length: float) -> None:
         """Look at one step of a domain: the student's mean entropy (None: nothing was learned) and mean length.
 
@@ -104,30 +122,55 @@ class Guards:
         self.progress.warn(text)
 
 
-def ordered_by_teacher(
-    prompts: Mapping[str, Sequence[Prompt]],
-    shares: Callable[[], Mapping[str, float]],
-    steps: int,
-    batch_size: int,
-    seed: int,
-) -> Iterator[Prompt]:
+class OrderedByTeacher:
     """`steps` batches of `batch_size` prompts, in each batch one domain after the other.
 
     Over the steps each domain's part approaches its share: what a batch cannot give a domain because samples are
     whole, the next ones make up for. A batch's shares (all domains', relative to each
     other) are those at the time when its first prompt is taken.
     """
-    domains = sorted(prompts)
-    owed = dict.fromkeys(domains, 0.0)
-    supply = {domain: endless(prompts[domain], derive_seed(seed, domain)) for domain in domains}
-    for _ in range(steps):
-        now = shares()
-        total = sum(now[domain] for domain in domains)
-        for domain in domains:
-            owed[domain] += batch_size * now[domain] / total
-        count = {domain: max(0, int(owed[domain])) for domain in domains}
-        for _ in range(batch_size - sum(count.values())):
-            count[max(domains, key=lambda domain: (owed[domain] - count[domain], domain))] += 1
-        for domain in domains:
+
+    def __init__(
+        self,
+        prompts: Mapping[str, Sequence[Prompt]],
+        shares: Callable[[], Mapping[str, float]],
+        steps: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.shares = shares
+        self.steps = steps
+        self.batch_size = batch_size
+        self._domains = sorted(prompts)
+        self._supply = {domain: endless(prompts[domain], derive_seed(seed, domain)) for domain in self._domains}
+        self._owed = dict.fromkeys(self._domains, 0.0)
+        self._counts: list[dict[str, int]] = []
+        """How many prompts of each domain the batches have that were begun."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot."""
+        return {"owed": dict(self._owed), "counts": [dict(count) for count in self._counts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned; the prompts come from the first one on again."""
+        self._owed, self._counts = state["owed"], state["counts"]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for batch in range(self.steps):
+            if batch == len(self._counts):
+                self._counts.append(self._next_counts())
+            for domain, count in self._counts[batch].items():
+                yield from islice(self._supply[domain], count)
+
+    def _next_counts(self) -> dict[str, int]:
+        now = self.shares()
+        total = sum(now[domain] for domain in self._domains)
+        owed = self._owed
+        for domain in self._domains:
+            owed[domain] += self.batch_size * now[domain] / total
+        count = {domain: max(0, int(owed[domain])) for domain in self._domains}
+        for _ in range(self.batch_size - sum(count.values())):
+            count[max(self._domains, key=lambda domain: (owed[domain] - count[domain], domain))] += 1
+        for domain in self._domains:
             owed[domain] -= count[domain]
-            yield from (next(supply[domain]) for _ in range(count[domain]))
+        return count

@@ -36,11 +36,12 @@ from posttrain.trainers.generation import Ask, Client, RolloutGeneration, Sample
 from posttrain.trainers.grpo import placeholders
 from posttrain.trainers.jobs import OpdJob, Reward, bind_reward
 from posttrain.trainers.mismatch import LogprobDifference
-from posttrain.trainers.mixing import Guards, Mixing, ordered_by_teacher
+from posttrain.trainers.mixing import Guards, Mixing, OrderedByTeacher
 from posttrain.trainers.models import distillation_obstacle
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import frozen_router
 from posttrain.trainers.settings import training_arguments
+from posttrain.trainers.snapshots import Part, train
 from posttrain.trainers.traces import Traces
 from posttrain.trainers.trl_seam import Batch, DistillationConfig, OnPolicyTrainer, sampled_logps
 from rollouts.environments import with_episodes
@@ -96,9 +97,10 @@ class OpdTrainer(OnPolicyTrainer):
         learned_N = sampled_N & (ages_N <= self.rollouts.ages.limit) & self._not_masked()
         chosen_N = learned_N.to(hidden_NH.device)
         rows = self._teacher_rows(learned_N)
-        loss, reports = one_head_at_a_time(
-            objective_of(self.job.config), hidden_NH[chosen_N], head_VH, rows, targets_N[chosen_N]
-        )
+        with self.progress.phase("distilling"):
+            loss, reports = one_head_at_a_time(
+                objective_of(self.job.config), hidden_NH[chosen_N], head_VH, rows, targets_N[chosen_N]
+            )
         self.progress.add("seconds_divergence", time.perf_counter() - started)
         if self.traces.wants(self.rollouts.steps_done):
             self._trace(logps_N, learned_N, rows, reports)
@@ -190,11 +192,12 @@ class OpdTrainer(OnPolicyTrainer):
 
     def _score(self, reward: Reward, inputs: Sequence[Batch]) -> None:
         samples = self.rollouts.samples
-        rewards, parts = reward(
-            [row["problem_id"] for row in inputs],
-            [sample.sampled_ids for sample in samples],
-            [sample.finish_reason for sample in samples],
-        )
+        with self.progress.phase("rewarding"):
+            rewards, parts = reward(
+                [row["problem_id"] for row in inputs],
+                [sample.sampled_ids for sample in samples],
+                [sample.finish_reason for sample in samples],
+            )
         self._scores = list(zip(rewards, parts, strict=True))
         for effort, mean in means_by_effort(self.rollouts.groups, rewards).items():
             self.progress.add(f"effort/{effort}/reward", mean)
@@ -235,12 +238,13 @@ def train_opd(
 
     Raises BadInput when a teacher is missing or has another vocabulary.
     """
-    check_teachers(model, tokenizer, job, teachers)
+    with progress.phase("distilling"):
+        check_teachers(model, tokenizer, job, teachers)
     bind_reward(job.reward, client, job.stage)
     config, domains = job.config, sorted(job.prompts)
     asking = Asking(job, teachers, progress)
     mixing = Mixing(config, domains, progress)
-    rows = ordered_by_teacher(job.prompts, mixing.shares, config.steps, config.batch_size, seed)
+    rows = OrderedByTeacher(job.prompts, mixing.shares, config.steps, config.batch_size, seed)
     generation = RolloutGeneration(
         client=with_episodes(client, job.episodes),
         model=lambda: trainer.accelerator.unwrap_model(trainer.model),
@@ -274,7 +278,9 @@ def train_opd(
         trainer.mixing, trainer.guards = mixing, Guards(config.guards, job.stage, progress)
         trainer.difference, trainer.auxiliary = LogprobDifference(), auxiliary
         trainer.traces = Traces(progress.traces, job.stage, config.steps, tokenizer)
-        trainer.train()
+        parts: dict[str, Part] = {"mixing": mixing, "rows": rows, "generation": generation}
+        parts |= {"asking": asking, "guards": trainer.guards, "difference": trainer.difference}
+        train(trainer, job.snapshots, progress, parts, generation.snapshots_begin)
     generation.finish()
     return Sampled.of(generation, trainer.difference)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.errors import RunFailed
 from posttrain.observe.metrics import MetricsLog
+from posttrain.observe.pulse import Pulse
 
 NAMES = {
     "loss": "loss",
@@ -43,8 +45,10 @@ class Progress(TrainerCallback):
         steps: int,
         updates_per_step: int = 1,
         traces: MetricsLog | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.log = log
+        self.pulse = pulse
         self.traces = traces
         self.stage = stage
         self.steps = steps
@@ -54,6 +58,18 @@ class Progress(TrainerCallback):
         self._own: dict[str, list[float]] = {}
         self._tokens_of_step = 0
         self._began = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot, which is written between two steps."""
+        return {"tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        self.tokens = state["tokens"]
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """What the trainer does in the block, if it is not learning; the watchdog wants to know."""
+        return nullcontext() if self.pulse is None else self.pulse.phase(name)
 
     def add(self, name: str, value: float) -> None:
         """Note one value of the metric `name`; the line has the mean of a step's values."""
@@ -66,8 +82,12 @@ class Progress(TrainerCallback):
 
     def warn(self, message: str) -> None:
         """Put a warning into the run's log."""
+        self.event("warning", message=message)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Note in the run's log that something happened in this stage."""
         if self.log is not None:
-            self.log.event("warning", stage=self.stage, message=message)
+            self.log.event(name, stage=self.stage, **fields)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,6 +102,8 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if self.pulse is not None:
+            self.pulse.beat()
         if not logs or "loss" not in logs:  # the summary at the end of training
             return
         step = math.ceil(state.global_step / self.updates_per_step)

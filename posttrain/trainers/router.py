@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from posttrain.models.deepseek_v4.layers import Gate
@@ -33,35 +32,49 @@ def frozen_router(model: PreTrainedModel, frozen: bool) -> Iterator[None]:
 
 
 class RoutedAhead:
-    """A data loader whose batches carry the experts that the model of `steps` updates before chooses for them.
+    """Batches with the experts that the model of `steps` updates before chooses for them.
 
     V4's anticipatory routing (report §5.6): a batch is taken from the data `steps` updates before it is trained on,
     and the experts of its tokens are noted then; the first batches get those of the first model.
     """
 
-    def __init__(
-        self, batches: DataLoader[Any], model: Callable[..., Any], layers: PreTrainedModel, steps: int
-    ) -> None:
-        self.batches = batches
+    def __init__(self, model: Callable[..., Any], layers: PreTrainedModel, steps: int) -> None:
         self.model = model
         """What the trainer calls for a forward pass."""
         self.layers = layers
         """The model whose routers these are."""
         self.steps = steps
+        self._ahead: deque[Batch] = deque()
+        self._batches: Iterator[Batch] | None = None
+        self._routed: Iterator[Batch] = iter(())
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def of(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of an epoch, which are taken from `batches` earlier; the same iterator while that is the same."""
+        if batches is not self._batches:
+            self._batches, self._routed = batches, self._route(batches)
+        return self._routed
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.batches, name)
+    def state_dict(self) -> dict[str, Any]:
+        """For a snapshot, after an update."""
+        return {"ahead": list(self._ahead)}
 
-    def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[Batch] = deque()
-        for batch in self.batches:
-            ahead.append({**batch, "routes": self._routes(batch)})
-            if len(ahead) > self.steps:
-                yield ahead.popleft()
-        yield from ahead
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned; `of` then expects the batches behind the last one that was trained on."""
+        device = self.layers.device
+        self._ahead = deque(
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            for batch in state["ahead"]
+        )
+
+    def _route(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for _ in self._ahead:  # of a snapshot
+            next(batches)
+        for batch in batches:
+            self._ahead.append({**batch, "routes": self._routes(batch)})
+            if len(self._ahead) > self.steps:
+                yield self._ahead.popleft()
+        while self._ahead:
+            yield self._ahead.popleft()
 
     @torch.no_grad()
     def _routes(self, batch: Batch) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,9 +17,11 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.optim import build_optimizer
 from posttrain.recipe.stages import SftStage
 from posttrain.trainers.auxiliary import auxiliary_objectives
+from posttrain.trainers.jobs import SnapshotPlan
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.router import RoutedAhead, frozen_router
 from posttrain.trainers.settings import training_arguments
+from posttrain.trainers.snapshots import train
 from posttrain.trainers.trl_seam import Batch, SFTConfig, SupervisedTrainer
 
 
@@ -26,16 +29,13 @@ class SftTrainer(SupervisedTrainer):
     """TRL's SFT trainer that counts the answers' tokens for the metrics."""
 
     progress: Progress
-    anticipation: int = 0
-    """How many updates before its own a batch is routed."""
+    ahead: RoutedAhead | None = None
+    """Chooses experts for a batch some updates before its own."""
 
-    def get_train_dataloader(self):  # type: ignore[no-untyped-def]
-        """The trainer's, with experts for the tokens where they are chosen ahead."""
-        batches = super().get_train_dataloader()
-        if not self.anticipation:
-            return batches
-        # called through the trainer: it may wrap the model after it has asked for the data
-        return RoutedAhead(batches, lambda **inputs: self.model_wrapped(**inputs), self.model, self.anticipation)
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], *arguments: Any) -> tuple[list[Batch], Any]:
+        """The next batches, with experts for the tokens where they are chosen ahead."""
+        batches = epoch_iterator if self.ahead is None else self.ahead.of(epoch_iterator)
+        return super().get_batch_samples(batches, *arguments)
 
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """TRL's loss: the sum over the labels that are not ignored, divided by their number in the update."""
@@ -97,8 +97,9 @@ def train_sft(
     config: SftStage,
     seed: int,
     progress: Progress,
+    plan: SnapshotPlan | None = None,
 ) -> None:
-    """Train `model` in place for `config.steps` updates."""
+    """Train `model` in place for `config.steps` updates, or those behind the snapshot that `plan` names."""
     dataset = fitting(rows, config.max_length)
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -127,5 +128,9 @@ def train_sft(
             callbacks=[*([auxiliary] if auxiliary else []), progress],
         )
         trainer.progress, trainer.auxiliary = progress, auxiliary
-        trainer.anticipation = config.anticipatory_routing
-        trainer.train()
+        if config.anticipatory_routing:
+            # called through the trainer: it may wrap the model
+            trainer.ahead = RoutedAhead(
+                lambda **inputs: trainer.model_wrapped(**inputs), trainer.model, config.anticipatory_routing
+            )
+        train(trainer, plan, progress, {"ahead": trainer.ahead} if trainer.ahead else {})

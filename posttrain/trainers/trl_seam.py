@@ -7,6 +7,7 @@ are token ids, completions come from an object that is handed in, and subclasses
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import trl.import_utils as trl_imports
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState
 
 from posttrain import kernels
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
@@ -104,6 +105,12 @@ SOURCE: dict[Callable[..., Any], tuple[str, ...]] = {
     ),
     SFTTrainer.compute_loss: ("self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1",),
     Trainer.training_step: ("loss / self.current_gradient_accumulation_steps",),
+    Trainer._prepare_for_training: ("self._load_optimizer_and_scheduler(resume_from_checkpoint)",),
+    Trainer._run_epoch: (
+        "self._load_rng_state(resume_from_checkpoint)",
+        "self.get_batch_samples(epoch_iterator, num_batches, self.args.device)",
+    ),
+    Trainer._maybe_log_save_evaluate: ("if self.control.should_save:", "self._save_checkpoint(model, trial)"),
     GRPOTrainer._prepare_inputs: ("self.args.steps_per_generation", "shuffle_sequence_dict(generation_batch)"),
     DistillationTrainer.compute_loss: ("self._forward_redirection(", "loss, entropy_sum, num_valid_tokens ="),
 }
@@ -172,6 +179,51 @@ def quiet(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
+class Snapshots(Protocol):
+    """Snapshots in the middle of training (`posttrain.trainers.snapshots.Snapshots`)."""
+
+    def write(self, parts: dict[str, Any], state: TrainerState) -> None: ...
+
+    def load(self, parts: dict[str, Any]) -> None: ...
+
+    def load_random(self) -> None: ...
+
+
+class Resumable(Trainer):
+    """A trainer whose checkpoints are `snapshots`: transformers' loop says when they are written and restored.
+
+    `train(resume_from_checkpoint=directory)` reads the steps from `trainer_state.json` there and skips the data that
+    was used; all else is restored here.
+    """
+
+    snapshots: Snapshots | None = None
+
+    def _snapshot_parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.lr_scheduler}
+
+    def _save_checkpoint(self, model, trial) -> None:  # type: ignore[no-untyped-def]
+        """Called after the step's log."""
+        assert self.snapshots is not None
+        kept = copy.copy(self.state)
+        kept.log_history = []  # of every step, and nobody reads it
+        self.snapshots.write(self._snapshot_parts(), kept)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:  # type: ignore[no-untyped-def]
+        """All is loaded once there is an optimizer."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:  # type: ignore[no-untyped-def]
+        """Called before the first step, and without a checkpoint in training from the start."""
+        if checkpoint is not None:
+            assert self.snapshots is not None
+            self.snapshots.load(self._snapshot_parts())
+            self._step = self.state.global_step  # TRL's: it samples when this is due
+
+    def _load_rng_state(self, checkpoint) -> None:  # type: ignore[no-untyped-def]
+        """Called when the data stand where they stood."""
+        assert self.snapshots is not None
+        self.snapshots.load_random()
+
+
 class Auxiliary(Protocol):
     """Objectives beside a trainer's own (`posttrain.trainers.auxiliary.AuxiliaryObjectives`)."""
 
@@ -181,7 +233,7 @@ class Auxiliary(Protocol):
     def take_loss(self) -> Tensor | None: ...
 
 
-class WithAuxiliary(Trainer):
+class WithAuxiliary(Resumable):
     """A trainer that adds the loss of `auxiliary`, where there is one, to its own."""
 
     auxiliary: Auxiliary | None = None

@@ -33,7 +33,7 @@ SIZES = (
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Run what is missing, print a table, write the results."""
+    """Run what is missing, print a table, draw a picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__)
     parser.add_argument("--recipe", type=Path, default=None, help="default: recipes/tiny_v4.yaml with fewer steps")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
@@ -78,7 +78,7 @@ def begun(file: Path, recipe: Recipe) -> dict[str, Any]:
     Raises:
         BadInput: they are of another recipe.
     """
-    settings = recipe.model_dump(mode="json", exclude={"seed"})
+    settings = recipe.model_dump(mode="json", exclude={"seed", "cluster"})
     if not file.is_file():
         empty = {"schema": 1, "recipe": settings, "environment": describe_environment(), "references": {}, "runs": []}
         atomic_write(file, json.dumps(empty, indent=1) + "\n")
@@ -95,7 +95,7 @@ def run_seed(
     seed, file = recipe.seed, arguments.output / "distillation.json"
     path = arguments.output / f"seed-{seed}"
     run = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(arguments.output, path.name, recipe)
-    with run, working(run) as (work, initial):
+    with run, working(recipe, run) as (work, initial):
         base = train_base(work, initial)
         experts = grow_experts(work, base)
         work.cluster.keep_first_trainer()
@@ -111,7 +111,7 @@ def run_seed(
             if time.monotonic() - began > 60 * arguments.minutes:
                 return
             found = comparison.run(arm)
-            results["runs"].append({"seed": seed, **found})
+            results["runs"].append({"seed": seed, "rollout_workers": recipe.cluster.rollout_workers, **found})
             atomic_write(file, json.dumps(results, indent=1) + "\n")
             scores = ", ".join(f"{name} {100 * one['pass@1']:.1f} %" for name, one in found["accuracy"].items())
             print(f"seed {seed}, {arm}: {scores}, {found['seconds']:.0f} s", flush=True)

@@ -23,9 +23,9 @@ AGREEMENT = 1e-4
 """Largest difference of logits; ours and theirs are fp32 sums in different orders."""
 
 
-def v4_config() -> DeepseekV4Config:
+def v4_config(**changes: Any) -> DeepseekV4Config:
     """The tiny preset."""
-    return make_config("tiny", vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    return make_config("tiny", vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0, **changes)
 
 
 def make_pair() -> tuple[DeepseekV4ForCausalLM, TransformersV4]:

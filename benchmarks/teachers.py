@@ -1,7 +1,9 @@
 """`python -m benchmarks.teachers [--quick]`: what more teachers cost, with one pool worker that has room for two.
 
 Every step has the same number of samples, shared out among 2, 4 or 10 teachers: they are sent, and the divergence of
-random student states is taken from what comes back, one head at a time. A worker of its own for each number.
+random student states is taken from what comes back, one head at a time. Each number of teachers has a worker of its
+own, and they take turns, step by step, so that whatever else the machine does strikes all of them. The teachers are
+tiny but for their number of experts, which cost memory and no computing: ten are four times what a worker may hold.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 COUNTS = (2, 4, 10)
 RESIDENT = 2
 """Teachers that the worker's memory holds."""
+EXPERTS = 256
+"""Of each layer of a teacher, of which a token goes to two."""
 SAMPLES = 40
 """In a step; divided by every count."""
 
@@ -50,7 +54,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps of short samples: a check, not a measurement")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of teachers.json")
     arguments = parser.parse_args()
-    steps, tokens = (2, 24) if arguments.quick else (10, 512)
+    steps, tokens = (2, 24) if arguments.quick else (8, 512)
     os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
     import ray
     import torch
@@ -60,7 +64,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as directory:
             checkpoints = write_teachers(Path(directory), max(COUNTS))
-            found = [measure(checkpoints[:count], steps, tokens) for count in COUNTS]
+            found = measure([checkpoints[:count] for count in COUNTS], steps, tokens)
     finally:
         ray.shutdown()
     results = {"samples": SAMPLES, "tokens": tokens, "steps": steps, "resident": RESIDENT, "counts": found}
@@ -69,7 +73,7 @@ def main() -> None:
 
 
 def write_teachers(directory: Path, count: int) -> list[str]:
-    """Random tiny models."""
+    """Random models."""
     import torch
 
     from benchmarks.models import v4_config
@@ -78,37 +82,48 @@ def write_teachers(directory: Path, count: int) -> list[str]:
     paths = [directory / str(number) for number in range(count)]
     for seed, path in enumerate(paths):
         torch.manual_seed(seed)
-        DeepseekV4ForCausalLM(v4_config()).save_pretrained(path)
+        DeepseekV4ForCausalLM(v4_config(n_routed_experts=EXPERTS)).save_pretrained(path)
     return [str(path) for path in paths]
 
 
-def measure(checkpoints: list[str], steps: int, tokens: int) -> dict[str, Any]:
-    """Some steps with these teachers; the first, in which everything is loaded and compiled, is not counted."""
+def measure(groups: list[list[str]], steps: int, tokens: int) -> list[dict[str, Any]]:
+    """Some steps with each group of teachers, the groups in turn; the first step, in which everything is loaded and
+    compiled, is not counted."""
     import ray
 
     from distill.model_cache import bytes_in_memory
     from distill.pool import TeacherPool
 
-    budget = int((RESIDENT + 0.5) * bytes_in_memory("deepseek_v4", Path(checkpoints[0])))
+    each = bytes_in_memory("deepseek_v4", Path(groups[0][0]))
     actor = ray.remote(Measured).options(num_cpus=0.01, max_concurrency=2)
-    worker = actor.remote("deepseek_v4", budget, 1)
-    pool = TeacherPool([worker])
+    workers = [actor.remote("deepseek_v4", int((RESIDENT + 0.5) * each), 1) for _ in groups]
+    pools = [TeacherPool([worker]) for worker in workers]
+    found: list[list[dict[str, float]]] = [[] for _ in groups]
     try:
-        step(pool, checkpoints, tokens, 0)
-        ray.get(worker.peak.remote())
-        peak_bytes()
-        found = [step(pool, checkpoints, tokens, seed + 1) for seed in range(steps)]
-        peaks = {"worker": ray.get(worker.peak.remote()), "trainer": peak_bytes()}
+        for number in range(steps + 1):
+            for group, worker, pool, records in zip(groups, workers, pools, found, strict=True):
+                peak_bytes()
+                ray.get(worker.peak.remote())
+                one = step(pool, group, tokens, number)
+                peaks = {"worker_peak": ray.get(worker.peak.remote()), "trainer_peak": peak_bytes()}
+                if number:
+                    records.append(one | peaks)
     finally:
-        ray.kill(worker)
+        for worker in workers:
+            ray.kill(worker)
+    return [_summary(len(group), each, records) for group, records in zip(groups, found, strict=True)]
+
+
+def _summary(teachers: int, each: int, steps: list[dict[str, float]]) -> dict[str, Any]:
     return {
-        "teachers": len(checkpoints),
-        "seconds_per_sample": Spread.of([one["seconds"] / SAMPLES for one in found]).as_dict(),
-        "busy": Spread.of([one["compute"] / one["seconds"] for one in found]).as_dict(),
-        "loading": Spread.of([one["load"] / one["seconds"] for one in found]).as_dict(),
-        "bytes_loaded": found[-1]["loaded"],
-        "bytes_returned": found[-1]["returned"],
-        "peak_bytes": peaks,
+        "teachers": teachers,
+        "bytes_of_teachers": teachers * each,
+        "seconds_per_sample": Spread.of([one["seconds"] / SAMPLES for one in steps]).as_dict(),
+        "busy": Spread.of([one["compute"] / one["seconds"] for one in steps]).as_dict(),
+        "loading": Spread.of([one["load"] / one["seconds"] for one in steps]).as_dict(),
+        "bytes_loaded": steps[-1]["loaded"],
+        "bytes_returned": steps[-1]["returned"],
+        "peak_bytes": {who: max(one[f"{who}_peak"] for one in steps) for who in ("worker", "trainer")},
     }
 
 
@@ -146,14 +161,22 @@ def step(pool: TeacherPool, checkpoints: list[str], tokens: int, seed: int) -> d
 def show(results: dict[str, Any]) -> None:
     """A row for each number of teachers."""
     print(f"{results['samples']} samples of {results['tokens']} tokens a step, {results['steps']} steps")
-    print("teachers  ms/sample (lowest, highest)  busy  loading  MiB loaded  peak MiB: worker  trainer")
+    print("| teachers | MiB of them | ms/sample (range) | busy | loading | MiB loaded | peak MiB: worker | trainer |")
+    print("| --- " * 8 + "|")
     for one in results["counts"]:
         spread, peaks = one["seconds_per_sample"], one["peak_bytes"]
-        print(
-            f"{one['teachers']:8}  {1e3 * spread['median']:8.2f} ({1e3 * spread['lowest']:.2f}, "
-            f"{1e3 * spread['highest']:.2f})  {one['busy']['median']:14.1%}  {one['loading']['median']:7.1%}  "
-            f"{one['bytes_loaded'] / 2**20:10.1f}  {peaks['worker'] / 2**20:16.0f}  {peaks['trainer'] / 2**20:7.0f}"
-        )
+        median, lowest, highest = (1e3 * spread[key] for key in ("median", "lowest", "highest"))
+        cells = [
+            f"{one['teachers']}",
+            f"{one['bytes_of_teachers'] / 2**20:.0f}",
+            f"{median:.1f} ({lowest:.1f}–{highest:.1f})",
+            f"{one['busy']['median']:.0%}",
+            f"{one['loading']['median']:.0%}",
+            f"{one['bytes_loaded'] / 2**20:.0f}",
+            f"{peaks['worker'] / 2**20:.0f}",
+            f"{peaks['trainer'] / 2**20:.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

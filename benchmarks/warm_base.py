@@ -22,15 +22,14 @@ def warm_base(recipe: Recipe, domain: str) -> Iterator[tuple[Work, Path]]:
     """Start the recipe's actors in a run directory of their own, and train its base stage on one domain."""
     with tempfile.TemporaryDirectory(prefix="warm-base-") as directory:
         run = RunDirectory.create(directory, None, recipe)
-        with working(run) as (work, initial):
+        with working(recipe, run) as (work, initial):
             assert recipe.stages.base is not None
             yield work, run_sft(work, "base", recipe.stages.base, [domain], initial)
 
 
 @contextmanager
-def working(run: RunDirectory) -> Iterator[tuple[Work, Path]]:
+def working(recipe: Recipe, run: RunDirectory) -> Iterator[tuple[Work, Path]]:
     """Start the actors of a run, without live view and report; its work and the initial checkpoint."""
-    recipe = run.recipe
     domains, tokenizer = load_domains(recipe), tokenizer_for(recipe, run)
     initial = initial_checkpoint(recipe, run, tokenizer)
     describe_engine(recipe, initial, run.path / "engine")

@@ -126,6 +126,8 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     results = begun(file, RECIPE)
     assert results == json.loads(file.read_text()) and results["runs"] == []
     assert begun(file, RECIPE.model_copy(update={"seed": 5})) == results, "one file for all seeds"
+    elsewhere = load_recipe(ROOT / "recipes" / "tiny_v4.yaml", [*SIZES, "cluster.rollout_workers=1"])
+    assert begun(file, elsewhere) == results, "more workers are only faster"
     other = load_recipe(ROOT / "recipes" / "tiny_v4.yaml")
     with pytest.raises(BadInput, match=r"distillation.json has results of other settings; give another --output"):
         begun(file, other)

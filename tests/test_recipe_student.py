@@ -44,6 +44,14 @@ def test_teachers_may_be_other_experts_and_checkpoints(tmp_path: Path) -> None:
     assert names[3] == "teacher: expert/words/grpo"
 
 
+def test_the_tree_says_when_teachers_teach() -> None:
+    listed = [{"expert": "sums", "last_step": 4}, {"expert": "words", "first_step": 3}]
+    recipe = Recipe(**recipe_with({"stages.student.teachers": {"sums": listed}}))
+    names = [str(node.label) for node in stage_tree(recipe).children[0].children[-1].children]
+    assert names[0] == "teacher: expert/sums/grpo, steps 1 to 4"
+    assert names[1] == "teacher: expert/words/grpo for sums, from step 3"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -38,7 +38,8 @@ def stage_tree(recipe: Recipe) -> Tree:
         node = base.add(Text(f"student: {student.divergence}, {steps}"))
         for name in recipe.domains:
             for teacher in recipe.teachers_of(name):
-                node.add(Text(f"teacher: {_teacher(recipe, teacher, name)}{_weights(recipe, name)}"))
+                who = f"{_teacher(recipe, teacher, name)}{_turn(teacher)}"
+                node.add(Text(f"teacher: {who}{_weights(recipe, name)}"))
     for hook in recipe.evaluation:
         models = "every model" if len(hook.after) == 3 else ", ".join(hook.after)
         tree.add(Text(f"evaluation of {models}: {_evaluation(hook)}"))
@@ -109,6 +110,13 @@ def _teacher(recipe: Recipe, teacher: TeacherConfig, domain: str) -> str:
         return f"{teacher.checkpoint} for {domain}"
     name = f"expert/{teacher.expert}/{recipe.expert_stages(teacher.expert)[-1].kind}"
     return name if teacher.expert == domain else f"{name} for {domain}"
+
+
+def _turn(teacher: TeacherConfig) -> str:
+    """The steps in which it teaches, where these are not all."""
+    if teacher.last_step is not None:
+        return f", steps {teacher.first_step} to {teacher.last_step}"
+    return f", from step {teacher.first_step}" if teacher.first_step > 1 else ""
 
 
 def _weights(recipe: Recipe, domain: str) -> str:

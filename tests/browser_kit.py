@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,12 +42,13 @@ class Page:
         self.complaints: list[str] = []
 
     def __enter__(self) -> Page:
+        self._stack = ExitStack()
         self._profile = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         arguments = [self._executable, *SWITCHES, f"--user-data-dir={self._profile.name}", "about:blank"]
         self._process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             port, target = self._address()
-            self._socket = connect(f"ws://127.0.0.1:{port}{target}", max_size=None)
+            self._socket = self._stack.enter_context(connect(f"ws://127.0.0.1:{port}{target}", max_size=None))
             (tab,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
             attached = self.call("Target.attachToTarget", targetId=tab["targetId"], flatten=True)
             self._session: str | None = attached["sessionId"]
@@ -60,10 +62,10 @@ class Page:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
         self._end()
 
     def _end(self) -> None:
+        self._stack.close()
         self._process.kill()
         self._process.wait(10)
         self._profile.cleanup()

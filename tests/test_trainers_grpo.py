@@ -249,19 +249,23 @@ def test_a_sampler_of_another_model_ends_the_run() -> None:
 
 
 def test_the_best_and_the_worst_answer_of_a_group_are_written_down_token_by_token(tmp_path: Path) -> None:
+    def reward(problem_ids, completion_ids, finish_reasons):  # type: ignore[no-untyped-def]
+        values = [float(sum(tokens) % 5) for tokens in completion_ids]
+        return values, [{"sum": value} for value in values]
+
     stage = GrpoStage(
         kind="grpo", steps=2, prompts_per_step=2, group_size=4, beta=0.1, optimizer=OptimizerConfig(lr=1e-3)
     )
     progress = Progress(Recorder(), "expert/d/grpo", 2, 1, MetricsLog(tmp_path / "traces.jsonl"))
     model = tiny_model(0)
-    job = GrpoJob("expert/d/grpo", stage, "", "", prompts("d", TEXTS), 6, share_of_target)
+    job = GrpoJob("expert/d/grpo", stage, "", "", prompts("d", TEXTS), 6, reward)
     train_grpo(model, tiny_tokenizer(), job, LocalClient(copy.deepcopy(model)), 5, progress)
     traces = read_metrics(tmp_path / "traces.jsonl")
     assert sorted({trace["step"] for trace in traces}) == [1, 2]
     best, worst = [trace for trace in traces if trace["step"] == 1]
     assert best["prompt"] == worst["prompt"] == TEXTS[0]
     assert (best["reward"], worst["reward"]) == (max(best["group_rewards"]), min(best["group_rewards"]))
-    assert best["advantage"] > 0 > worst["advantage"] and best["reward_parts"] == {"share": best["reward"]}
+    assert best["advantage"] > 0 > worst["advantage"] and best["reward_parts"] == {"sum": best["reward"]}
     for trace in traces:
         assert trace["length"] == len(trace["tokens"]) == len(trace["trainer"]) == len(trace["sampled"])
         assert trace["sampler"] == pytest.approx(trace["trainer"], abs=1e-4)

@@ -29,6 +29,8 @@ from posttrain.recipe import Recipe, read_recipe, resolved_yaml
 from posttrain.recipe.schema import NAME_PATTERN
 
 STATE_SCHEMA = 1
+MERGED = "student-start"
+"""The checkpoint that a student starts from whose `init` is not the base."""
 
 StageStatus = Literal["pending", "running", "done", "failed", "dropped"]
 RunStatus = Literal["running", "finished", "failed", "interrupted"]

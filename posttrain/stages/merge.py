@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.recipe.stages import OpdStage
+from posttrain.rundir import MERGED
 from posttrain.stages.work import Work
 from posttrain.trainers.models import load_model, load_tokenizer, save_checkpoint
-
-MERGED = "student-start"
 
 
 def student_start(work: Work, config: OpdStage, base: Path, experts: dict[str, Path]) -> Path:

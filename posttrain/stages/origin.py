@@ -24,7 +24,7 @@ from posttrain.observe.environment import installed_version
 from posttrain.recipe import Recipe
 from posttrain.recipe.schema import WARM_START
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
-from posttrain.rundir import RunDirectory
+from posttrain.rundir import MERGED, RunDirectory
 from posttrain.snapshots import digest
 
 SOURCES = ("posttrain", "rollouts", "distill", "rewards")
@@ -76,12 +76,8 @@ def reconcile(recipe: Recipe, run: RunDirectory, domains: Mapping[str, DomainDat
     Raises:
         BadInput: something differs, and `changed` is to refuse; or another model, which needs another run.
     """
-    from posttrain.stages.merge import MERGED
-
     if (recipe.model, recipe.seed) != (run.recipe.model, run.recipe.seed):
-        raise BadInput(
-            f"{run.path} has another model or seed: a run keeps those that it was begun with; start a new run"
-        )
+        raise BadInput(f"{run.path} was begun with another model or seed, which a run keeps; start a new run")
     now, code = inputs_of(recipe, domains), code_hash()
     known = [name for name in recipe.stage_names() if name in run.recipe.stage_names() and run.stage(name).attempts]
     different = {name: why for name in known if (why := _difference(run, name, now[name], code)) is not None}

@@ -336,7 +336,13 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         arguments["gpu_memory_utilization"] = 0.05
         # It would try kernels that our model does not call.
         arguments["enable_flashinfer_autotune"] = False
+        if settings.kind == "vllm" and _model_type(settings) == "deepseek_v4":
+            arguments["kv_cache_dtype"] = "fp8"  # the only one that its kernels have
     return arguments
+
+
+def _model_type(settings: EngineSettings) -> str | None:
+    return json.loads((Path(settings.description) / "config.json").read_text()).get("model_type")
 
 
 def check_context(settings: EngineSettings) -> None:

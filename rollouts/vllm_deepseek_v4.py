@@ -2,7 +2,8 @@
 
 vLLM's V4 reads released names in bf16 (`quantised=False` of `write_description`) or, as the released models are, in FP8
 with MXFP4 experts. What is published are the trainer's own tensors; each engine takes them apart, rounds them and hands
-them to vLLM's layer-wise reload. It was run on CPUs up to there: sampling needs a GPU.
+them to vLLM's layer-wise reload. Sampling needs a GPU: `benchmarks.gpu.published` compares an engine that was updated
+so with one that read the same export (no difference).
 
 A parameter that vLLM keeps as it read it is compared bit by bit. One that it packed away on the CPU is read back. One
 that was quantised may have been laid out anew for a kernel: where it does not read as what was loaded it is reported

@@ -18,7 +18,7 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
 from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 from posttrain.models.deepseek_v4.config import native_config_dict
 from posttrain.models.deepseek_v4.presets import HEAVY, SLIDING, SPARSE
-from rollouts.settings import EngineSettings, engine_environment, write_description
+from rollouts.settings import EngineKind, EngineSettings, engine_environment, write_description
 
 SMALL: dict[str, Any] = {
     "vocab_size": 1024,
@@ -98,12 +98,12 @@ def random_model(config: DeepseekV4Config, place: Place, seed: int = 0) -> Deeps
     return model
 
 
-def describe(config: DeepseekV4Config, directory: Path) -> Path:
-    """A directory that our engine starts from; no token ends an answer, so that all have their full length."""
+def describe(config: DeepseekV4Config, directory: Path, kind: EngineKind = "native") -> Path:
+    """A directory that an engine starts from; no token ends an answer, so that all have their full length."""
     checkpoint, description = directory / "checkpoint", directory / "description"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(json.dumps(native_config_dict(config)))
-    write_description(checkpoint, description, "native")
+    write_description(checkpoint, description, kind)
     (description / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
     return description
 

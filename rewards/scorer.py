@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import BadInput
+from posttrain.errors import BadInput, RunFailed
 from posttrain.imports import import_function
 from rewards import functions
 from rewards.batches import complaint_about, is_batched, reasoning_options
@@ -94,6 +94,9 @@ class Scorer:
 
         A reward that raises or returns no finite number marks the sample, never the run; later rewards do not see
         that answer. One that takes lists and returns a list of the wrong length marks all that it was given.
+
+        Raises:
+            RunFailed: the engines that a judge asks cannot answer any more.
         """
         values: list[dict[str, float]] = [{} for _ in answers]
         errors: list[str | None] = [None for _ in answers]
@@ -113,6 +116,10 @@ class Scorer:
         # Not "nearly 1", nor "at least 1": reasoning-gym's partial credit for nine right letters out of nine and one
         # too many is nine ninths, 1.0000000000000002. Its right answers get a literal 1.
         return RewardResult(answer.problem.id, total, values, correct=values[self.parts[0].name] == 1.0)
+
+    def without_actor(self) -> Scorer:
+        """The parts that can be computed before there is a model to judge."""
+        return Scorer(tuple(part for part in self.parts if not part.awaits_actor))
 
     def unfit(self, problems: Iterable[Problem]) -> dict[str, str]:
         """Problems whose answers cannot be judged: by id, which reward cannot and why."""
@@ -142,6 +149,8 @@ def _values(part: Part, answers: Sequence[Answer]) -> list[float | str]:
         if len(given) != len(answers):
             return [f"returned {len(given)} rewards for {len(answers)} answers"] * len(answers)
         return [_number_or_complaint(value) for value in given]
+    except RunFailed:  # the engines that a judge asks are gone: that says nothing of the answers
+        raise
     except Exception as error:
         return [_words(error)] * len(answers)
 
@@ -204,13 +213,11 @@ def check(scorer: Scorer, problem: Problem, where: str = "reward") -> None:
     Raises:
         BadInput: a reward fails on it, or calls the reference wrong or an empty answer right.
     """
-    there = Scorer(tuple(part for part in scorer.parts if not part.awaits_actor))
-    if there != scorer:
-        for complaint in scorer.unfit([problem]).values():
-            raise BadInput(f"{where} cannot judge answers to {problem.id}: {complaint}")
-        if scorer.parts[0].awaits_actor:
-            return
-        scorer = there
+    for complaint in scorer.unfit([problem]).values() if any(part.awaits_actor for part in scorer.parts) else ():
+        raise BadInput(f"{where} cannot judge answers to {problem.id}: {complaint}")
+    if scorer.parts[0].awaits_actor:
+        return
+    scorer = scorer.without_actor()
     good = scorer.score(problem, problem.answer, [], "stop")
     if good.error:
         raise BadInput(f"{where} fails on the reference answer {problem.answer!r} of {problem.id}: {good.error}")
@@ -241,8 +248,8 @@ def _build_part(spec: Spec, where: str, actor: Ask | None) -> Part:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
         raise BadInput(f"{where}: the weight of {name} is a number of at least 0, not {weight!r}")
     function = import_function(name, where) if ":" in name else _known_function(name, where)
-    if name == "rubric":
-        options["judge"] = _judge(options.get("judge"), where, actor)
+    if name == "rubric" and "judge" in options:
+        options["judge"] = _judge(options["judge"], where, actor)
     check_parameters(name, function, options, where)
     return Part(name, function, options, float(weight))
 

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain.data import Problem, load_domains
 from posttrain.data.encoding import encode_prompt
-from posttrain.errors import BadInput
+from posttrain.errors import BadInput, RunFailed
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
 from posttrain.stages.hooks import EvaluatedModel
@@ -131,6 +131,17 @@ def test_an_answer_without_a_verdict_is_marked_and_the_others_count(
     assert math.isnan(totals[0]) and parts[0] == {} and totals[1] == 1.0
     (warning,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "rubric: NoVerdict" in warning["message"] and message in warning["message"]
+
+
+def test_engines_that_are_gone_end_the_stage_and_mark_no_answer(tmp_path: Path) -> None:
+    class Gone(Answering):
+        def collect(self, *_: Any) -> Any:
+            raise ConnectionError("a worker died")
+
+    rewards = rewards_of(judged_recipe(), tmp_path, [SEVEN])
+    rewards.ask_through(Gone(honest), "s/judge")
+    with pytest.raises(RunFailed, match="the judge could not be asked: a worker died"):
+        score(rewards, [(SEVEN, "7")])
 
 
 def test_an_answer_cannot_speak_for_the_judge() -> None:

@@ -72,6 +72,10 @@ def _rewards(inputs: Inputs) -> Iterator[Verdict]:
     check_rewards(inputs.recipe, inputs.domains)
     for name, data in inputs.domains.items():
         scorer = build(inputs.recipe.domains[name].reward, f"domains.{name}.reward")
+        if scorer.parts[0].awaits_actor:
+            yield Verdict(f"reward of {name}", "skipped", "the model itself judges what is right")
+            continue
+        scorer = scorer.without_actor()
         pairs = _wrong_answers(data.holdout)
         accepted = [answer for problem, answer in pairs if scorer.score(problem, answer, [], "stop").correct]
         found = (

@@ -17,7 +17,7 @@ from posttrain.data.efforts import in_effort, split_completion
 from posttrain.data.encoding import decode_completion, encode_prompt
 from posttrain.data.judging import VERDICTS, judging_problem
 from posttrain.data.problems import prompt_text
-from posttrain.errors import BadInput
+from posttrain.errors import BadInput, RunFailed
 from posttrain.recipe import Recipe
 from rewards import JudgeRequest, build
 from rollouts.types import UNNAMED, Completion, FinishedGroup, GroupRequest, Sampling
@@ -115,11 +115,13 @@ class Judge:
         if not groups:
             return []
         ids = [group.id for group in groups]
-        self.client.submit(groups)
         try:
-            return self.client.collect(len(ids), ids)
-        finally:
+            self.client.submit(groups)
+            found = self.client.collect(len(ids), ids)
             (self.client.consume if self.kept else self.client.acknowledge)(ids)
+        except Exception as error:  # no answer is bad because the engines are gone
+            raise RunFailed(f"the judge could not be asked: {error}") from error
+        return found
 
     def _read(self, problem: Problem, prompt: Sequence[int], found: FinishedGroup | None) -> list[str] | Exception:
         if found is None:

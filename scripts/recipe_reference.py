@@ -65,10 +65,17 @@ def section(model: type[BaseModel]) -> str:
 def row(name: str, field: FieldInfo) -> str:
     """One key."""
     kind = kind_of(field.annotation) + bounds(field.metadata)
-    meaning = " ".join((field.description or "").split())
+    parts = list(sections_in(field.annotation))
+    text = field.description or (first_sentence(parts[0]) if len(parts) == 1 else "")
+    meaning = " ".join(text.split())
     return (
         "| " + " | ".join(part.replace("|", r"\|") for part in (f"`{name}`", kind, default_of(field), meaning)) + " |"
     )
+
+
+def first_sentence(model: type[BaseModel]) -> str:
+    """Of its description."""
+    return (model.__doc__ or "").split("\n\n")[0].partition(". ")[0].rstrip(".") + "." if model.__doc__ else ""
 
 
 def kind_of(annotation: Any) -> str:

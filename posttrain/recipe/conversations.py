@@ -42,6 +42,7 @@ class ConversationsConfig(Section):
     """A file of conversations, with tools and reasoning if they have any (docs/environments.md)."""
 
     jsonl: str
+    """A file; relative to the recipe."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """Rows that are malformed, too long, or ask what a domain holds out: `refuse` the file before anything starts, or
     leave such rows out and count them."""

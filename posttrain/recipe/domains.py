@@ -18,6 +18,7 @@ class ReasoningGymSource(Section):
     reasoning_gym: str
     """The task's name, for example `chain_sum`."""
     params: dict[str, Any] = {}
+    """Of the task."""
     prompt: str = "{question}"
     """What the model is asked: a template over `{question}` and `{metadata[key]}` of the generated problem."""
 
@@ -26,6 +27,7 @@ class JsonlSource(Section):
     """One JSON object a line: `{"prompt": "...", "answer": "..."}` or `{"messages": [...], "answer": "..."}`."""
 
     jsonl: str
+    """A file; relative to the recipe."""
     holdout_jsonl: str | None = None
     """Held-out problems; default: split off `jsonl` by a hash of the prompt."""
 
@@ -34,19 +36,26 @@ class DatasetSource(Section):
     """A `datasets` data set: a hub id or a directory, with the same fields as the JSONL source."""
 
     dataset: str
+    """A directory or a hub id, for `datasets`."""
     subset: str | None = None
+    """Of the data set, where it has several."""
     split: str = "train"
+    """To take problems from."""
     prompt_field: str = "prompt"
+    """The column of questions."""
     answer_field: str = "answer"
+    """The column of answers."""
 
 
 class CalculationsConfig(Section):
     min_digits: int = Field(3, ge=2, le=30)
+    """Of the numbers."""
     max_digits: int = Field(5, ge=2, le=30)
     """Of each number."""
     shapes: list[Literal["a*b", "a*b+c", "a*b-c", "(a+b)*c"]] = Field(
         ["a*b", "a*b+c", "a*b-c", "(a+b)*c"], min_length=1
     )
+    """Of what is asked for."""
 
     @model_validator(mode="after")
     def _in_order(self) -> CalculationsConfig:
@@ -66,7 +75,9 @@ class GeneratorSource(Section):
     row as in the JSONL source. What it draws may depend on nothing else."""
 
     generator: str
+    """`package.module:function`."""
     params: dict[str, Any] = {}
+    """For the function."""
 
 
 class JudgingSource(Section):
@@ -136,7 +147,9 @@ class DomainConfig(Section):
     """One domain: where its problems come from and what counts as a right answer."""
 
     source: Source
+    """Where problems come from."""
     reward: list[RewardSpec] = Field(["exact"], min_length=1)
+    """Functions of docs/rewards.md; the first one decides what is correct."""
     train: int = Field(20_000, ge=1)
     """Problems for training (of a file or data set: at most); repeated when a stage needs more."""
     selection: int = Field(256, ge=1)
@@ -144,9 +157,11 @@ class DomainConfig(Section):
     holdout: int = Field(512, ge=1)
     """Problems for the reported accuracy; never trained on, never selected on."""
     max_new_tokens: int = Field(32, ge=1)
+    """Of an answer; of a whole episode where there is an environment."""
     max_running: int | None = Field(None, ge=1)
     """Answers of this domain that training has in the engines at once; default: as many as there is room for."""
     system: str | None = None
+    """A system message in front of every problem."""
     environment: EnvironmentConfig | None = None
     """Tools, or another side of a conversation of several turns; default: one answer to the prompt."""
 

@@ -19,6 +19,7 @@ class HoldoutEvaluation(Section):
     samples: int = Field(1, ge=1)
     """Answers sampled for each problem; pass@1 is their mean."""
     temperature: float = Field(1.0, ge=0)
+    """0: the likeliest answer."""
     own_domain: bool = False
     """Experts answer the problems of their own domain only; base and student those of all."""
 
@@ -32,6 +33,7 @@ class LmEvalEvaluation(Section):
     """Tasks of lm-evaluation-harness, answered by the rollout workers."""
 
     tasks: list[str] = Field(min_length=1)
+    """Names of tasks, or paths of their YAML files."""
     include: str | None = None
     """A directory with task files (YAML) of your own."""
     limit: int | None = Field(None, ge=1)
@@ -46,6 +48,7 @@ class EvaluationHook(Section):
     holdout: HoldoutEvaluation | None = None
     lm_eval: LmEvalEvaluation | None = None
     judge: JudgeEvaluation | None = None
+    """How good judges the judge domains are."""
     function: str | None = None
     """`package.module:function`, called with a `posttrain.stages.hooks.EvaluatedModel`; returns numbers by name."""
     after: list[Models] = Field(["base", "experts", "student"], min_length=1)

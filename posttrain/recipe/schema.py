@@ -38,6 +38,7 @@ class ModelConfig(Section):
     """What is trained. `config` starts from random weights, `checkpoint` from saved ones."""
 
     family: Literal["deepseek_v4", "hf"] = "deepseek_v4"
+    """`deepseek_v4`: this project's model and kernels. `hf`: any causal language model of transformers."""
     config: Annotated[str | dict[str, Any] | None, BeforeValidator(_text_or_mapping)] = None
     """A preset's name (`tiny`) or the fields of a model config: random initial weights."""
     checkpoint: str | None = None
@@ -72,17 +73,25 @@ class ClusterConfig(Section):
     """Where the work runs. Without `address` the run starts and stops its own Ray on this machine."""
 
     address: str | None = None
+    """Of a Ray cluster to join, as for `ray.init`; none: an own one on this machine."""
     trainers: int = Field(1, ge=1)
+    """Experts grow side by side, as many as there are trainers and rollout workers."""
     rollout_workers: int = Field(1, ge=1)
+    """vLLM engines."""
     teacher_workers: int = Field(1, ge=1)
+    """They load teachers when their samples come."""
     teacher_memory_mib: int = Field(1024, ge=1)
     """Host memory in which each teacher worker keeps teachers; one is kept however large."""
     threads: int = Field(1, ge=1)
     """CPU threads of each actor's numerical libraries."""
     gpus_per_worker: float = Field(0, ge=0)
+    """Of each trainer, rollout worker and teacher worker; a share of one will do."""
     dashboard: bool = True
+    """Ray's, of an own cluster."""
     dashboard_host: str = "127.0.0.1"
+    """Where it listens; the default is this machine alone."""
     dashboard_port: int = Field(8265, ge=0, le=65535)
+    """8265 means the first free port from there."""
 
 
 class RolloutConfig(Section):
@@ -91,10 +100,15 @@ class RolloutConfig(Section):
     engine: Literal["native", "vllm"] = "native"
     """`native`: our model on our op table inside vLLM. `vllm`: vLLM's own implementation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """What engines compute in. On GPUs the trainer's (`model.precision`), so that log-probabilities agree."""
     max_model_len: int = Field(256, ge=8)
+    """Tokens of a prompt and its answer together."""
     max_num_seqs: int = Field(128, ge=1)
+    """Answers that an engine samples at once."""
     max_num_batched_tokens: int = Field(2048, ge=8)
+    """Tokens that an engine reads in a step; longer prompts come in chunks."""
     kv_cache_mib: int = Field(64, ge=1)
+    """Of each engine."""
     mode: Literal["sync", "async"] = "sync"
     """`sync`: sample a batch, then learn from it. `async`: go on sampling while learning (docs/asynchronous.md)."""
     max_staleness: int | None = Field(None, ge=1)
@@ -123,7 +137,9 @@ class Recipe(Section):
     """A whole run. Read from YAML with `posttrain.recipe.load_recipe`."""
 
     name: str = Field(pattern=NAME_PATTERN)
+    """Of runs too, unless `--name` says otherwise: runs/<name>."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Of everything that is drawn: problems, initial weights, samples."""
     model: ModelConfig
     cluster: ClusterConfig = ClusterConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -18,13 +18,19 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """`muon`: matrices by V4's hybrid Newton-Schulz Muon, everything else by AdamW."""
     lr: float = Field(1e-3, gt=0)
+    """At its highest."""
     adamw_lr: float | None = Field(None, gt=0)
     """With `muon`, the rate of the AdamW part; default: `lr`."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of matrices."""
     warmup_steps: int = Field(0, ge=0)
+    """In which the rate rises from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the rate after that; `linear` and `cosine` end at 0."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Longer gradients are cut to it."""
 
     @model_validator(mode="after")
     def _options_belong(self) -> OptimizerConfig:
@@ -72,7 +78,9 @@ class LoraConfig(Section):
     """Low-rank adapters instead of full training: `W + (alpha / rank) B A`, of which A and B learn (docs/lora.md)."""
 
     rank: int = Field(16, ge=1)
+    """Of each adapter."""
     alpha: int = Field(32, ge=1)
+    """Adapters count alpha / rank."""
     targets: list[str] | None = Field(None, min_length=1)
     """Which matrices have adapters. Family deepseek_v4: of wq_a, wq_b, wkv, wo_a, wo_b, compressor, experts and
     shared_experts, by default all but compressor. Family hf: names of linear layers, by default all but the head."""
@@ -85,9 +93,11 @@ class SftStage(Section):
     shares: Shares = {}
     """Of the domains that are learned together, among the examples; 1 for those not named."""
     steps: int = Field(100, ge=1)
+    """Updates."""
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
     max_length: int = Field(256, ge=8)
+    """Tokens of an example; longer ones are refused."""
     conversations: ConversationsConfig | None = None
     """What is learned instead of the domains' problems: every turn of the assistant."""
     packing: bool = False
@@ -113,7 +123,9 @@ class ImportanceConfig(Section):
     bound: Literal["truncate", "mask"] = "mask"
     """What happens to ratios out of bounds. `truncate`: they become the bound. `mask`: they become 0."""
     min: float | None = Field(None, ge=0)
+    """Least weight."""
     max: float | None = Field(3.0, gt=0)
+    """Largest weight."""
 
     @model_validator(mode="after")
     def _has_bounds(self) -> ImportanceConfig:
@@ -131,11 +143,15 @@ class GrpoStage(Section):
     shares: Shares = {}
     """Of the domains that are learned together, among the prompts; 1 for those not named."""
     steps: int = Field(100, ge=1)
+    """Batches of answers."""
     prompts_per_step: int = Field(16, ge=1)
+    """Groups in a batch."""
     group_size: int = Field(8, ge=2)
+    """Answers to a prompt."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimiser steps on each generated batch (more than 1 is off-policy)."""
     temperature: float = Field(1.0, gt=0)
+    """That answers are sampled at."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw from the likeliest tokens alone that have this probability together. The trainer's probabilities are then
     over the same tokens (V3.2's keep sampling mask)."""
@@ -151,6 +167,7 @@ class GrpoStage(Section):
     reference_every: int | None = Field(None, ge=1)
     """After every so many steps the policy becomes the reference. Default: the stage's initial policy stays it."""
     epsilon: float = Field(0.2, gt=0)
+    """How far below 1 a ratio is clipped; above, unless `epsilon_high` says otherwise."""
     epsilon_high: float | None = Field(None, gt=0)
     """Upper clipping distance (DAPO: 0.28); default: `epsilon`. With `cispo` the largest ratio itself (ScaleRL: 5)."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -172,6 +189,7 @@ class GrpoStage(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
     lora: LoraConfig | None = None
     freeze_router: bool = False
+    """Keep the routers as they are."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
     def for_domain(self, domain: str) -> GrpoStage:
@@ -228,9 +246,11 @@ class OpdStage(Section):
     hidden_dtype: Literal["bfloat16"] | None = None
     """Round teachers' hidden states to it on the way; default: the teacher's own precision."""
     steps: int = Field(100, ge=1)
+    """Batches of samples."""
     batch_size: int = Field(64, ge=1)
     """Student samples in one optimiser step, over all domains."""
     temperature: float = Field(1.0, gt=0)
+    """That the student samples at."""
     mask_truncated: bool = False
     """Learn nothing from answers that were cut off."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -247,6 +267,7 @@ class OpdStage(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     lora: LoraConfig | None = None
     freeze_router: bool = False
+    """Keep the routers as they are."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
 
     @model_validator(mode="after")
@@ -267,8 +288,11 @@ class GateConfig(Section):
     """An expert must beat its parent by `min_gain` on its domain's selection problems."""
 
     metric: Literal["pass@1"] = "pass@1"
+    """What is compared."""
     min_gain: float = Field(0.0, ge=-1, le=1)
+    """Over the parent."""
     action: Literal["stop", "warn", "drop"] = "warn"
+    """Where it gains less: end the run, say so, or leave the expert out of the distillation."""
 
 
 ExpertStage = Annotated[SftStage | GrpoStage, Field(discriminator="kind")]
@@ -288,6 +312,7 @@ ExpertStages = Annotated[list[ExpertStage], Field(min_length=1), AfterValidator(
 
 class ExpertsConfig(Section):
     per_domain: ExpertStages
+    """The stages that grow an expert, in order."""
     overrides: dict[str, ExpertStages] = {}
     """Another list of stages for single domains."""
     joint: dict[str, Annotated[list[str], Field(min_length=1)]] = {}

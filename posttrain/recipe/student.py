@@ -14,11 +14,13 @@ class TeacherConfig(Section):
     """One of the teachers of a domain: this run's expert for a domain, or a checkpoint from elsewhere."""
 
     expert: str | None = None
+    """Of this run, by its domain."""
     checkpoint: str | None = None
     """A directory, or any URL that fsspec reads (`s3://...`)."""
     weight: float = Field(1.0, gt=0)
     """Against the domain's other teachers."""
     first_step: int = Field(1, ge=1)
+    """From which on it teaches."""
     last_step: int | None = Field(None, ge=1)
     """It teaches from the one step to the other, both included; default: to the end. So teachers come, go, and take
     each other's places."""
@@ -83,6 +85,7 @@ class GuardsConfig(Section):
     patience: int = Field(3, ge=1)
     """Steps in a row that have to be out of bounds."""
     action: Literal["stop", "warn"] = "stop"
+    """End the run (it can be resumed), or say so."""
 
     @model_validator(mode="after")
     def _action_needed(self) -> GuardsConfig:

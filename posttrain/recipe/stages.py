@@ -24,7 +24,7 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of matrices."""
+    """With `adamw` of matrices, with `muon` of everything."""
     warmup_steps: int = Field(0, ge=0)
     """In which the rate rises from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

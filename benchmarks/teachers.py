@@ -33,11 +33,11 @@ SAMPLES = 40
 
 
 class Measured(TeacherWorker):
-    """A worker that knows how much memory it has taken."""
+    """A worker that knows how much memory and processor time it has taken."""
 
-    def peak(self) -> int:
-        """Bytes, the largest resident size since the last call."""
-        return peak_bytes()
+    def taken(self) -> tuple[int, float]:
+        """Bytes, the largest resident size since the last call; seconds of all threads since the start."""
+        return peak_bytes(), time.process_time()
 
 
 def peak_bytes() -> int:
@@ -52,9 +52,10 @@ def main() -> None:
     """Print a table, write teachers.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teachers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few steps of short samples: a check, not a measurement")
+    parser.add_argument("--steps", type=int, default=8, help="for each number of teachers, after one to warm up")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of teachers.json")
     arguments = parser.parse_args()
-    steps, tokens = (2, 24) if arguments.quick else (8, 512)
+    steps, tokens = (2, 24) if arguments.quick else (arguments.steps, 512)
     os.environ.update({"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
     import ray
     import torch
@@ -102,12 +103,15 @@ def measure(groups: list[list[str]], steps: int, tokens: int) -> list[dict[str, 
     try:
         for number in range(steps + 1):
             for group, worker, pool, records in zip(groups, workers, pools, found, strict=True):
+                _, before = ray.get(worker.taken.remote())
                 peak_bytes()
-                ray.get(worker.peak.remote())
+                own = time.process_time()
                 one = step(pool, group, tokens, number)
-                peaks = {"worker_peak": ray.get(worker.peak.remote()), "trainer_peak": peak_bytes()}
+                one |= {"trainer_peak": peak_bytes(), "cpu": time.process_time() - own}
+                one["worker_peak"], after = ray.get(worker.taken.remote())
+                one["cpu"] += after - before
                 if number:
-                    records.append(one | peaks)
+                    records.append(one)
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -119,6 +123,7 @@ def _summary(teachers: int, each: int, steps: list[dict[str, float]]) -> dict[st
         "teachers": teachers,
         "bytes_of_teachers": teachers * each,
         "seconds_per_sample": Spread.of([one["seconds"] / SAMPLES for one in steps]).as_dict(),
+        "cpu_seconds_per_sample": Spread.of([one["cpu"] / SAMPLES for one in steps]).as_dict(),
         "busy": Spread.of([one["compute"] / one["seconds"] for one in steps]).as_dict(),
         "loading": Spread.of([one["load"] / one["seconds"] for one in steps]).as_dict(),
         "bytes_loaded": steps[-1]["loaded"],
@@ -161,15 +166,17 @@ def step(pool: TeacherPool, checkpoints: list[str], tokens: int, seed: int) -> d
 def show(results: dict[str, Any]) -> None:
     """A row for each number of teachers."""
     print(f"{results['samples']} samples of {results['tokens']} tokens a step, {results['steps']} steps")
-    print("| teachers | MiB of them | ms/sample (range) | busy | loading | MiB loaded | peak MiB: worker | trainer |")
-    print("| --- " * 8 + "|")
+    columns = ["teachers", "MiB of them", "ms/sample (range)", "CPU ms/sample (range)", "busy", "loading", "MiB loaded"]
+    columns += ["peak MiB: worker", "trainer"]
+    print(f"| {' | '.join(columns)} |")
+    print("| --- " * len(columns) + "|")
     for one in results["counts"]:
-        spread, peaks = one["seconds_per_sample"], one["peak_bytes"]
-        median, lowest, highest = (1e3 * spread[key] for key in ("median", "lowest", "highest"))
+        peaks = one["peak_bytes"]
         cells = [
             f"{one['teachers']}",
             f"{one['bytes_of_teachers'] / 2**20:.0f}",
-            f"{median:.1f} ({lowest:.1f}–{highest:.1f})",
+            _milliseconds(one["seconds_per_sample"]),
+            _milliseconds(one["cpu_seconds_per_sample"]),
             f"{one['busy']['median']:.0%}",
             f"{one['loading']['median']:.0%}",
             f"{one['bytes_loaded'] / 2**20:.0f}",
@@ -177,6 +184,10 @@ def show(results: dict[str, Any]) -> None:
             f"{peaks['trainer'] / 2**20:.0f}",
         ]
         print(f"| {' | '.join(cells)} |")
+
+
+def _milliseconds(spread: dict[str, float]) -> str:
+    return "{median:.1f} ({lowest:.1f}–{highest:.1f})".format(**{key: 1e3 * value for key, value in spread.items()})
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _complaint(problem: Problem, *, criteria: Sequence[Mapping[str, Any]] | None
 
 
 def _rubric_of(problem: Problem, criteria: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
-    return problem.entry["rubric"] if "rubric" in problem.entry else criteria or ()
+    return problem.entry.get("rubric", criteria or ())
 
 
 def _is_criterion(one: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The model as its own judge on a real engine: verdicts come from the weights that are served, and are kept in the log."""
+"""The model as its own judge on a real engine: verdicts come from the weights it serves, and are kept in the log."""
 
 from __future__ import annotations
 

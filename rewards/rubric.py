@@ -64,8 +64,7 @@ def _complaint(problem: Problem, *, criteria: Sequence[Mapping[str, Any]] | None
 
 
 def _rubric_of(problem: Problem, criteria: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
-    rubric: Sequence[Mapping[str, Any]] = problem.entry.get("rubric", criteria)
-    return rubric
+    return problem.entry.get("rubric", criteria or ())
 
 
 def _is_criterion(one: Any) -> bool:

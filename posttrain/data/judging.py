@@ -69,10 +69,9 @@ def _of_problems(
     for problem in problems:
         question, right = prompt_text(problem.messages), problem.answer
         wrong = near_miss(right, Random(f"{name}/{problem.id}"))
+        cases = [([right, wrong], "A"), ([wrong, right], "B")]
         if judging.form == "single":
-            cases = [((right,), "yes"), ((wrong,), "no")]
-        else:
-            cases = [((right, wrong), "A"), ((wrong, right), "B")]
+            cases = [([right], "yes"), ([wrong], "no")]
         for answers, verdict in cases:
             yield judging_problem(name, judging, config.system, question, answers, verdict)
 

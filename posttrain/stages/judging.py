@@ -65,6 +65,7 @@ class Judge:
         self.kept = name is not None
         self.name = name or f"{UNNAMED}{uuid.uuid4().hex}"
         self.room = recipe.rollout.max_model_len - self.config.new_tokens(self.effort)
+        self.seed = recipe.seed
         self.calls = 0
         # The first part of the judge domain's reward says which verdicts are right, so it can tell what was said.
         self.scorer = build(self.config.rewards(self.effort)[:1], f"domains.{domain}.reward")
@@ -102,7 +103,7 @@ class Judge:
     def _ask(self, prompts: Sequence[list[int]], votes: int) -> list[FinishedGroup]:
         """Through the stage's own client, so that should the service die, its weights come back with its requests."""
         call, self.calls = self.calls, self.calls + 1
-        seed = int.from_bytes(hashlib.sha256(f"{call}/{self.domain}".encode()).digest()[:4], "big") >> 1
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{self.domain}/{call}".encode()).digest()[:4], "big") >> 1
         sampling = Sampling(
             self.config.new_tokens(self.effort), temperature=0.0 if votes == 1 else 1.0, n=votes, seed=seed
         )

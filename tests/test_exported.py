@@ -6,7 +6,7 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import ray
 
+from posttrain.observe import tracking
 from posttrain.observe.exported import EXPORTED, Exporter, prometheus_names
 from posttrain.observe.metrics import MetricsLog, read_metrics
 from posttrain.observe.tracking import Tracking
@@ -24,6 +25,7 @@ from tests.recipe_kit import ROOT
 
 DASHBOARD = ROOT / "dashboards" / "posttrain.json"
 Labels = dict[str, str]
+Found = dict[str, list[tuple[Labels, float]]]
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +46,17 @@ def endpoint() -> Iterator[str]:
         patch.undo()
 
 
-def scraped(endpoint: str, wanted: str, seconds: float = 60) -> dict[str, list[tuple[Labels, float]]]:
-    """All of the project's samples by name, once `wanted` is among them."""
+def scraped_until(endpoint: str, complete: Callable[[Found], bool], seconds: float = 90) -> Found:
+    """All of the project's samples by name, once they are complete."""
     end = time.monotonic() + seconds
     while True:
         text = urllib.request.urlopen(endpoint, timeout=10).read().decode()
-        found: dict[str, list[tuple[Labels, float]]] = {}
+        found: Found = {}
         for name, labels, value in re.findall(r"^(ray_posttrain_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
             found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
-        if wanted in found:
+        if complete(found):
             return found
-        assert time.monotonic() < end, f"{wanted} never came; there are {sorted(found)}"
+        assert time.monotonic() < end, f"this is all that came: {found}"
         time.sleep(0.3)
 
 
@@ -63,21 +65,39 @@ def value_of(samples: list[tuple[Labels, float]], **labels: str) -> float:
     return value
 
 
-def test_a_runs_records_are_served_to_prometheus(endpoint: str, tmp_path: Path) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gauges are refreshed as often as the fixture's Ray, which reports every second, forgets them."""
+    monkeypatch.setattr(tracking, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "REFRESH_SECONDS", 0.2)
+
+
+def test_a_runs_records_are_served_to_prometheus(endpoint: str, quick: None, tmp_path: Path) -> None:
     run = write_run(tmp_path / "some-run", [])
-    records = finished_run()
-    with Tracking(run, recipe()), (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    found = scraped(endpoint, "ray_posttrain_accuracy")
+    records = [record for record in finished_run() if record.get("event") != "run_finished"]
     last = [record for record in records if record.get("stage") == "student" and "metrics" in record][-1]
     student = {"run": "some-run", "stage": "student"}
+    with Tracking(run, recipe()):
+        with (run / "metrics.jsonl").open("a") as file:
+            for record in records:
+                if (record.get("event"), record.get("stage")) != ("stage_finished", "student"):
+                    file.write(json.dumps(record) + "\n")
+        # Stages that are over keep their states alone: Ray forgets what is not refreshed.
+        found = scraped_until(
+            endpoint,
+            lambda found: (
+                "ray_posttrain_accuracy" in found
+                and {labels["stage"] for labels, _ in found.get("ray_posttrain_loss", [])} == {"student"}
+            ),
+        )
     assert value_of(found["ray_posttrain_step"], **student) == 150 == value_of(found["ray_posttrain_steps"], **student)
     assert value_of(found["ray_posttrain_kl"], part="", **student) == pytest.approx(last["metrics"]["kl"])
     assert value_of(found["ray_posttrain_kl"], part="letters", **student) == last["metrics"]["kl/letters"]
     assert value_of(found["ray_posttrain_reward"], **student) == pytest.approx(last["metrics"]["reward"])
     assert value_of(found["ray_posttrain_loss"], **student) == pytest.approx(last["metrics"]["loss"])
     assert value_of(found["ray_posttrain_trainer_idle_share"], **student) == pytest.approx(0.6)
-    assert value_of(found["ray_posttrain_stage_state"], **student) == 2
+    states = {labels["stage"]: value for labels, value in found["ray_posttrain_stage_state"]}
+    assert states == dict.fromkeys(recipe().stage_names(), 2) | {"student": 1}
     assert value_of(found["ray_posttrain_tokens_total"], **student) == pytest.approx(240_000)
     assert value_of(found["ray_posttrain_step_seconds_count"], **student) == 150
     assert value_of(found["ray_posttrain_phase_seconds_total"], phase="generate", **student) == pytest.approx(126)
@@ -86,22 +106,24 @@ def test_a_runs_records_are_served_to_prometheus(endpoint: str, tmp_path: Path) 
 
 
 def test_an_actor_serves_its_own(endpoint: str, tmp_path: Path) -> None:
-    def observe(path: str) -> None:
-        monitor = Monitor(MetricsLog(Path(path) / "metrics.jsonl"))
-        first = Report([], {}, 10, 100, 0.0, 1, None, 0.0)
-        second = Report([], {}, 20, 350, 0.0, 1, None, 0.0)
-        monitor.observe(Queues(waiting=5, running=7, ready_groups=1, workers=1, deaths=0), {0: (11, first)})
-        monitor.observe(Queues(waiting=2, running=3, ready_groups=4, workers=1, deaths=1), {0: (11, second)})
-        restarted = Report([], {}, 1, 50, 0.0, 1, None, 0.0)
-        monitor.observe(Queues(waiting=2, running=3, ready_groups=4, workers=1, deaths=1), {0: (12, restarted)})
-
     class Service:
-        def observe(self, path: str) -> None:
-            observe(path)
+        def __init__(self, path: str) -> None:
+            self.monitor = Monitor(MetricsLog(Path(path) / "metrics.jsonl"))
 
-    service = ray.remote(Service).options(num_cpus=0.1).remote()
-    ray.get(service.observe.remote(str(tmp_path / "other-run")))
-    found = scraped(endpoint, "ray_posttrain_rollout_tokens_total")
+        def observe(self, pid: int, tokens: int, waiting: int, deaths: int) -> None:
+            report = Report([], {}, 10, tokens, 0.0, 1, None, 0.0)
+            queues = Queues(waiting=waiting, running=3, ready_groups=4, workers=1, deaths=deaths)
+            self.monitor.observe(queues, {0: (pid, report)})
+
+    service = ray.remote(Service).options(num_cpus=0.1).remote(str(tmp_path / "other-run"))
+    for state in ((11, 100, 5, 0), (11, 350, 2, 1), (12, 50, 2, 1)):
+        ray.get(service.observe.remote(*state))
+
+    def complete(found: Found) -> bool:
+        ray.get(service.observe.remote(12, 50, 2, 1))
+        return {"ray_posttrain_rollout_tokens_total", "ray_posttrain_rollout_samples"} <= set(found)
+
+    found = scraped_until(endpoint, complete)
     here = {"run": "other-run"}
     assert value_of(found["ray_posttrain_rollout_samples"], state="waiting", **here) == 2
     assert value_of(found["ray_posttrain_rollout_samples"], state="running", **here) == 3
@@ -113,15 +135,13 @@ def test_an_actor_serves_its_own(endpoint: str, tmp_path: Path) -> None:
     assert [(event["waiting"], event["deaths"]) for event in events] == [(5, 0), (2, 1), (2, 1)]
 
 
-def test_a_resumed_run_counts_nothing_twice(endpoint: str, tmp_path: Path) -> None:
+def test_a_resumed_run_counts_nothing_twice(endpoint: str, quick: None, tmp_path: Path) -> None:
     run = write_run(tmp_path / "resumed-run", finished_run())
     with Tracking(run, recipe()):
-        pass
-    found = scraped(endpoint, "ray_posttrain_accuracy")
-    end = time.monotonic() + 30
-    while not any(labels["run"] == "resumed-run" for labels, _ in found["ray_posttrain_accuracy"]):
-        assert time.monotonic() < end
-        found = scraped(endpoint, "ray_posttrain_accuracy")
+        found = scraped_until(
+            endpoint,
+            lambda found: any(labels["run"] == "resumed-run" for labels, _ in found.get("ray_posttrain_accuracy", [])),
+        )
     assert value_of(found["ray_posttrain_step"], run="resumed-run", stage="student") == 150
     assert not [labels for labels, _ in found.get("ray_posttrain_tokens_total", []) if labels["run"] == "resumed-run"]
 

@@ -28,7 +28,7 @@ from posttrain.recipe import read_recipe
 
 class Nowhere:
     def set(self, *_, **__): pass
-    count = observe = set
+    count = observe = refresh = end = set
 
 run = Path(sys.argv[1])
 tracking.Exporter = lambda name: Nowhere()  # there is no Ray in this test
@@ -118,7 +118,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(tmp_path: Path, mo
 
         def set(self, *_: object, **__: object) -> None: ...
 
-        count = observe = set
+        count = observe = refresh = end = set
 
     monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Full)
     monkeypatch.setattr(tracking, "Exporter", Nowhere)

@@ -70,16 +70,37 @@ def prometheus_names() -> set[str]:
     return names
 
 
+LASTING = ("posttrain_stage_state", "posttrain_step", "posttrain_steps")
+"""What is still true of a stage that has ended."""
+
+
 class Exporter:
-    """Gives one run's values to Ray. The process must be a driver or an actor of an initialised Ray."""
+    """Gives one run's values to Ray. The process must be a driver or an actor of an initialised Ray.
+
+    Ray serves a gauge for twice its report interval (20 s by default) after it was last set: `refresh` more often.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, tuple[str, ...]], tuple[float, dict[str, str]]] = {}
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """A gauge's present value."""
-        self._metric(name, "gauge").set(value, self._labels(name, labels))
+        metric, complete = self._metric(name, "gauge"), self._labels(name, labels)
+        metric.set(value, complete)
+        self._gauges[name, tuple(complete.values())] = value, complete
+
+    def refresh(self) -> None:
+        """Set every gauge to its value once more."""
+        for (name, _), (value, labels) in self._gauges.items():
+            self._made[name].set(value, labels)
+
+    def end(self, stage: str) -> None:
+        """Refresh what was told of the latest step of a stage no longer."""
+        self._gauges = {
+            key: found for key, found in self._gauges.items() if found[1].get("stage") != stage or key[0] in LASTING
+        }
 
     def count(self, name: str, amount: float, **labels: str) -> None:
         """Add to a counter; amounts that are not positive are passed over."""

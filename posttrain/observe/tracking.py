@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +14,7 @@ from posttrain.observe.trackers import TRACKERS, Tracker
 from posttrain.recipe import Recipe
 
 POLL_SECONDS = 1.0
+REFRESH_SECONDS = 5.0
 
 BY_STAGE = {
     "loss": "posttrain_loss",
@@ -44,7 +46,8 @@ class Tracking:
         self._recipe = recipe
         self._log = MetricsLog(self._directory / "metrics.jsonl")
         self._follower = MetricsFollower(self._log.path)
-        self._export = RecordExport(Exporter(self._directory.name))
+        self._exporter = Exporter(self._directory.name)
+        self._export = RecordExport(self._exporter)
         self._trackers: dict[str, Tracker] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
@@ -75,8 +78,12 @@ class Tracking:
         self._log.close()
 
     def _follow(self) -> None:
+        refreshed = time.monotonic()
         while not self._stop.wait(POLL_SECONDS):
             self._take(self._follower.new_records())
+            if time.monotonic() - refreshed >= REFRESH_SECONDS:
+                refreshed = time.monotonic()
+                self._exporter.refresh()
 
     def _take(self, records: list[Record]) -> None:
         for record in records:
@@ -155,6 +162,8 @@ class RecordExport:
         name, stage = record["event"], str(record.get("stage"))
         if name in STATES:
             self._to.set("posttrain_stage_state", STATES[name], stage=stage)
+            if name != "stage_started":
+                self._to.end(stage)
         if name == "gate" and record.get("passed") is False and record.get("action") == "drop":
             self._to.set("posttrain_stage_state", DROPPED, stage=stage)
         if name == "evaluated" and tracked(record) is not None:

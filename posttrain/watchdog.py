@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,8 +82,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         bounds = [self.config.seconds, *self.config.phases.values()]
+        told = False
         while not self._end.wait(min(LOOK_SECONDS, min(bounds) / 4)) and self.verdict is None:
-            self.look()
+            try:
+                self.look()
+            except Exception as error:  # one look that fails is no reason to look no more
+                if not told:
+                    message = f"the watchdog could not look at the actors: {type(error).__name__}: {error}"
+                    with suppress(OSError):
+                        self.run.append_event({"event": "warning", "message": message})
+                told = True
 
     def look(self) -> None:
         """One look at all actors."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.actors import describe_death
@@ -89,7 +89,7 @@ class RolloutPool:
         """The state of the service; None when it does not say within so many seconds."""
         try:
             _, stats = ray.get(self._service.call.remote(None, "service_stats"), timeout=seconds)
-        except (GetTimeoutError, RayActorError, RayTaskError):  # whoever waits for samples is told what has failed
+        except RayError:  # too late, or failed, which whoever waits for samples is told
             return None
         return stats
 

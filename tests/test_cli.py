@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import posttrain
 from posttrain.cli import app
 from posttrain.errors import BadInput, RunFailed
-from posttrain.recipe import Recipe, read_recipe
+from posttrain.recipe import Recipe, load_recipe, read_recipe
 from posttrain.rundir import RunDirectory, read_state
 from tests.recipe_kit import ROOT, files_below, write_recipe
 
@@ -164,6 +164,26 @@ def test_resume_goes_on_with_the_named_or_the_newest_run(pipeline: Callable[...,
     assert [name for name, _ in resumed] == ["one", "two"]
     assert resumed[0][1][0] == "expert/sums/sft"
     assert read_state("runs/one").stages["expert/sums/sft"].status == "pending"
+
+
+def test_resume_may_be_given_another_recipe_and_told_what_becomes_of_what_changed(
+    pipeline: Callable[..., None],
+) -> None:
+    given: list[tuple[Recipe | None, str]] = []
+
+    def resume(run_directory: RunDirectory, recipe: Recipe | None, changed: str) -> int:
+        given.append((recipe, changed))
+        return 0
+
+    pipeline(run=lambda recipe, run_directory: run_directory.set_status("finished") or 0, resume=resume)
+    assert command("run", "small.yaml").exit_code == 0
+    assert command("resume", "--set", "stages.base.steps=3", "--changed", "rerun").exit_code == 0
+    assert command("resume", "small", "--recipe", "small.yaml").exit_code == 0
+    (first, rerun), (second, refuse) = given
+    assert first is not None and first.stages.base is not None and first.stages.base.steps == 3
+    assert (second, rerun, refuse) == (load_recipe("small.yaml"), "rerun", "refuse")
+    result = command("resume", "--set", "stages.base.stepz=3")
+    assert result.exit_code == 2 and "stages.base.stepz" in result.stderr and len(given) == 2
 
 
 def test_resume_leaves_a_finished_run_alone(pipeline: Callable[..., None]) -> None:

@@ -242,3 +242,21 @@ def test_several_threads_of_an_actor_may_be_in_phases(tmp_path: Path) -> None:
     assert read_beats(tmp_path)[0].phase == "teaching"
     second.__exit__(None, None, None)
     assert read_beats(tmp_path)[0].phase == "idle"
+
+
+def test_a_look_that_fails_is_said_once_and_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    def health(self: Actors, seconds: float) -> ServiceStats:
+        looks.append(seconds)
+        raise ValueError("what is this")
+
+    monkeypatch.setattr(Actors, "health", health)
+    run = Run(tmp_path)
+    dog = Watchdog(WatchdogConfig(seconds=0.1), Actors(tmp_path / "pulses"), run, pytest.fail)  # type: ignore[arg-type]
+    with dog.watching():
+        end = time.monotonic() + 30
+        while len(looks) < 3 and time.monotonic() < end:
+            time.sleep(0.02)
+    (record,) = run.said
+    assert record["message"] == "the watchdog could not look at the actors: ValueError: what is this"

@@ -216,9 +216,12 @@ class RolloutClient:
         known = {} if whole or not self._publications else self._call("known_checksums", self._lane)
         update = WeightUpdate.pack(weights, version, known)
         arguments = [[ray.put(update)]]
-        self._call("publish", self._lane, *arguments)
-        self._publications = [*(self._publications if update.unchanged else []), ("publish", arguments)]
-        self._version = version
+
+        def published(_: Any) -> None:
+            self._publications = [*(self._publications if update.unchanged else []), ("publish", arguments)]
+            self._version = version
+
+        self._repeat("publish", lambda: (self._lane, *arguments), published)
         return time.monotonic() - begin
 
     def load_checkpoint(self, path: str | Path, version: int) -> float:
@@ -230,8 +233,11 @@ class RolloutClient:
         """
         begin = time.monotonic()
         arguments = [str(Path(path).resolve()), version]
-        self._call("load_checkpoint", self._lane, *arguments)
-        self._publications, self._version = [("load_checkpoint", arguments)], version
+
+        def loaded(_: Any) -> None:
+            self._publications, self._version = [("load_checkpoint", arguments)], version
+
+        self._repeat("load_checkpoint", lambda: (self._lane, *arguments), loaded)
         return time.monotonic() - begin
 
     def weight_version(self) -> int | None:
@@ -265,29 +271,45 @@ class RolloutClient:
                 left = [group for group in groups if group.id in self._outstanding]
             return self._session, self._lane, left, early_stop
 
-        self._repeat("submit", wanted)
-        with self._lock:
+        def queued() -> list[str]:
             for group in groups:
                 if group.id in self._outstanding:
                     self._outstanding[group.id].queued = True
             late = [group.id for group in groups if group.id in self._cancelled]
             self._cancelled -= set(late)
-        if late:  # the service may have heard of the cancellation before it had them
-            self._call("forget", late)
+            return late
+
+        if late := self._repeat("submit", wanted, lambda _: queued()):
+            self._call("forget", late)  # the service may have heard of the cancellation before it had them
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._repeat(method, lambda: arguments)
 
-    def _repeat(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> Any:
-        """Call the service, which may have died since: then it is told again what this client has to do with it."""
+    def _repeat(
+        self, method: str, arguments: Callable[[], tuple[Any, ...]], note: Callable[[Any], Any] = lambda result: result
+    ) -> Any:
+        """Call the service, which may have died since: then it is told again what this client has to do with it.
+
+        Args:
+            note: takes what the method returned and writes down what another service would have to be told. It is
+                called while no other thread can tell one, and only if the service that did the work is still the one
+                that this client knows; else the call is repeated.
+
+        Returns:
+            What `note` returned.
+        """
         end = None
         while True:
+            sent = self._epoch
             try:
-                epoch, result = ray.get(self._service.call.remote(self._epoch, method, *arguments()))
-                if self._epoch is None or epoch == self._epoch:
-                    self._epoch = epoch
-                    return result
-                self._adopt(epoch)
+                epoch, result = ray.get(self._service.call.remote(sent, method, *arguments()))
+                with self._lock:
+                    if sent is None or epoch == sent:  # it was done
+                        if self._epoch is None or self._epoch == epoch:
+                            self._epoch = epoch
+                            return note(result)
+                    elif self._epoch == sent:  # no other thread has noticed yet
+                        self._adopt(epoch)
             except RayTaskError as error:
                 raise own_error(error) from None
             except RayActorError as error:
@@ -299,21 +321,18 @@ class RolloutClient:
     def _adopt(self, epoch: str) -> None:
         """Tell a service that was started anew what it has to know. If it dies meanwhile, the next call will find out.
 
-        Groups whose `submit` has not returned yet are told by that.
+        Called with the lock held. Groups whose `submit` has not returned yet are told by that.
         """
-        with self._lock:
-            if self._epoch == epoch:  # another thread did it
-                return
-            calls: list[tuple[str, tuple[Any, ...]]] = []
-            if self._publications:
-                calls.append(("adopt", (self._lane, self._version, self._publications)))
-            queued = [one for one in self._outstanding.values() if one.queued]
-            for early_stop in {id(one.early_stop): one.early_stop for one in queued}.values():
-                groups = [one.group for one in queued if one.early_stop is early_stop]
-                calls.append(("submit", (self._session, self._lane, groups, early_stop)))
-            for method, arguments in calls:
-                ray.get(self._service.call.remote(epoch, method, *arguments))
-            self._epoch = epoch
+        calls: list[tuple[str, tuple[Any, ...]]] = []
+        if self._publications:
+            calls.append(("adopt", (self._lane, self._version, self._publications)))
+        queued = [one for one in self._outstanding.values() if one.queued]
+        for early_stop in {id(one.early_stop): one.early_stop for one in queued}.values():
+            groups = [one.group for one in queued if one.early_stop is early_stop]
+            calls.append(("submit", (self._session, self._lane, groups, early_stop)))
+        for method, arguments in calls:
+            ray.get(self._service.call.remote(epoch, method, *arguments))
+        self._epoch = epoch
 
 
 @dataclass

@@ -48,7 +48,7 @@ def rollout_pool(directory: Path, log: Path, workers: int = 2, spares: int = 1, 
     config = RolloutConfig(max_model_len=256, max_num_seqs=64, max_num_batched_tokens=512, kv_cache_mib=32)
     settings = engine_settings(directory / "description", "native", config, threads=1)
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     try:
         with RolloutPool(settings, workers, directory=log, spares=spares, **options) as pool:
             pool.client().load_checkpoint(directory / "checkpoint", 1)

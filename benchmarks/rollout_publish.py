@@ -54,7 +54,7 @@ def main() -> None:
     os.environ.update(engine_environment(1) | {"RAY_AUTH_MODE": "disabled"})
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         repeats = 3 if arguments.quick else 20
         results = {

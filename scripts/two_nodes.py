@@ -1,4 +1,4 @@
-"""`python scripts/two_nodes.py [--submit] [RECIPE] [OPTIONS]`: a run on a Ray cluster of two nodes on this machine.
+"""`python scripts/two_nodes.py [--submit] [RECIPE] [--OPTION=VALUE ...]`: a run on two Ray nodes of this machine.
 
 Shows what two machines would do: `ray start --head` on one, `ray start --address` on the other, and a recipe whose
 `cluster.address` names the head. With `--submit` the run is handed to Ray as a job instead (`ray job submit`). Says
@@ -79,8 +79,8 @@ def watch(gcs: int, places: dict[str, set[str]], over: threading.Event) -> None:
 @contextmanager
 def node(*arguments: str) -> Iterator[None]:
     """A node of a cluster, as long as the block."""
-    command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutClient]:
     directory = tmp_path_factory.mktemp("async")
     v4_model().save_pretrained(directory / "checkpoint")
     write_description(directory / "checkpoint", directory / "description", "native")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         settings = engine_settings(directory / "description", "native", RolloutConfig(**ENGINE), threads=1)
         with RolloutPool(settings, workers=2, directory=directory / "log") as pool:

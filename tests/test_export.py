@@ -100,7 +100,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutClient]:
     our_model(0, **QAT).save_pretrained(directory / "checkpoint")
     write_description(directory / "checkpoint", directory / "description", "native")
     rollout = RolloutConfig(max_model_len=192, max_num_seqs=16, max_num_batched_tokens=64, kv_cache_mib=32)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with RolloutPool(engine_settings(directory / "description", "native", rollout, threads=1), workers=1) as pool:
             yield pool.client()

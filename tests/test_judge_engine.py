@@ -50,7 +50,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         TOKENIZER.save_pretrained(directory / place)
     model.save_pretrained(directory / "checkpoint")
     write_description(directory / "checkpoint", directory / "description", "native")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         yield directory
     finally:

@@ -53,7 +53,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
     model = our_model(0)
     model.save_pretrained(directory / "checkpoint")
     write_description(directory / "checkpoint", directory / "description", "native")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with RolloutPool(engine_settings(directory / "description", "native", ROLLOUT, threads=1), workers=1) as pool:
             service = Native(pool.client(), model, directory)

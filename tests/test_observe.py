@@ -402,7 +402,7 @@ def test_everything_that_ray_starts_is_counted_by_kind() -> None:
     import ray
 
     with ResourceMonitor() as monitor:
-        ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20, logging_level="error")
+        ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=80 << 20, logging_level="error")
         try:
 
             @ray.remote

@@ -54,7 +54,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("rollouts")
     model = save_tiny_qwen3(directory / "checkpoint", seed=0)
     write_description(directory / "checkpoint", directory / "description", "vllm")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with RolloutPool(engine_settings(directory / "description", "vllm", ROLLOUT, threads=1), workers=2) as pool:
             client = pickle.loads(pickle.dumps(pool.client()))

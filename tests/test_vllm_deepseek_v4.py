@@ -101,7 +101,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineActor]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     directory = tmp_path_factory.mktemp("in-tree")
     in_tree_model(0).save_pretrained(directory / "checkpoint")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield EngineActor(directory / "checkpoint", "vllm", ROLLOUT, quantised=False)
     ray.shutdown()
 

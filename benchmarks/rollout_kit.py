@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from posttrain.cluster import reach_other_machines
 from posttrain.files import atomic_write
 from rollouts.types import FinishedGroup, GroupRequest, Sampling
 
@@ -48,6 +49,7 @@ def rollout_pool(directory: Path, log: Path, workers: int = 2, spares: int = 1, 
     config = RolloutConfig(max_model_len=256, max_num_seqs=64, max_num_batched_tokens=512, kv_cache_mib=32)
     settings = engine_settings(directory / "description", "native", config, threads=1)
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    reach_other_machines(False)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     try:
         with RolloutPool(settings, workers, directory=log, spares=spares, **options) as pool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Spread, seconds, take_turns
+from posttrain.cluster import reach_other_machines
 from posttrain.files import atomic_write
 from rollouts.settings import EngineSettings, engine_environment
 
@@ -54,6 +55,7 @@ def main() -> None:
     os.environ.update(engine_environment(1) | {"RAY_AUTH_MODE": "disabled"})
     import ray
 
+    reach_other_machines(False)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         repeats = 3 if arguments.quick else 20

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Spread
 from distill.teacher import TeacherWorker
+from posttrain.cluster import reach_other_machines
 from posttrain.files import atomic_write
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    reach_other_machines(False)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as directory:

@@ -159,6 +159,7 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
     import ray
 
     settings = recipe.cluster
+    reach_other_machines(settings.address is not None)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if settings.address is None else "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # workers that our actors would not use
@@ -184,6 +185,18 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
         raise KeyboardInterrupt from None  # what Ray's own handler of SIGTERM does
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # `ray.init` has put its own in place
+
+
+def reach_other_machines(wanted: bool) -> None:
+    """Whether the Ray cluster of this process, to be started or joined, has nodes on other machines.
+
+    Else its processes listen on 127.0.0.1 alone; by default they do so on all interfaces, and run what they are sent.
+    Ray has the setting for desktops (ray/_private/services.py, `get_node_ip_address`, 2.60); it obeys it anywhere.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = str(int(wanted))
+    ray_constants.ENABLE_RAY_CLUSTER = wanted
 
 
 def _metrics_address() -> str | None:

@@ -77,6 +77,12 @@ class Command:
         """SIGINT to every process of the session's first group, as a terminal does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def listens_on(self) -> set[str]:
+        """Addresses on which its processes wait for connections."""
+        processes = {process.pid for process in self.left_over()}
+        found = [one for one in psutil.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        return {one.laddr.ip.removeprefix("::ffff:") for one in found if one.pid in processes}
+
     def left_over(self) -> list[psutil.Process]:
         """Processes that this command started, directly or not, and that still run."""
         found = []

@@ -191,6 +191,7 @@ def test_a_run_survives_ctrl_c_and_a_killed_trainer(tmp_path: Path) -> None:
     options = [part for assignment in SHORT for part in ("--set", assignment)]
     first = Command("run", str(FAST), "--name", "stopped", *options, directory=tmp_path)
     first.wait_until(lambda: all(steps_of(run, stage) >= 3 for stage in SFT))
+    assert first.listens_on() == {"127.0.0.1"}, "nobody on another machine can reach it"
     pressed = time.monotonic()
     first.press_ctrl_c()
     assert first.wait(120) == 130, first.output

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 COUNTS = (2, 4, 10)
 RESIDENT = 2
 """Teachers that the worker's memory holds."""
-EXPERTS = 256
+EXPERTS = 128
 """Of each layer of a teacher, of which a token goes to two."""
-SAMPLES = 40
-"""In a step; divided by every count."""
+SAMPLES = 160
+"""In a step; divided by every count. A tenth of them still fills a teacher's forward pass: smaller ones cost more, and
+less memory, whatever the number of teachers."""
+WARM_UP_TOKENS = 16
 
 
 class Measured(TeacherWorker):
@@ -106,7 +108,7 @@ def measure(groups: list[list[str]], steps: int, tokens: int) -> list[dict[str, 
                 _, before = ray.get(worker.taken.remote())
                 peak_bytes()
                 own = time.process_time()
-                one = step(pool, group, tokens, number)
+                one = step(pool, group, tokens if number else WARM_UP_TOKENS, number)
                 one |= {"trainer_peak": peak_bytes(), "cpu": time.process_time() - own}
                 one["worker_peak"], after = ray.get(worker.taken.remote())
                 one["cpu"] += after - before

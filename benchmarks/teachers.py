@@ -29,8 +29,10 @@ RESIDENT = 2
 """Teachers that the worker's memory holds."""
 EXPERTS = 256
 """Of each layer of a teacher, of which a token goes to two."""
-SAMPLES = 40
-"""In a step; divided by every count."""
+SAMPLES = 160
+"""In a step, by default. A tenth of them still fills a teacher's forward pass: smaller ones cost more, and less memory,
+whatever the number of teachers."""
+WARM_UP_TOKENS = 16
 
 
 class Measured(TeacherWorker):
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teachers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few steps of short samples: a check, not a measurement")
     parser.add_argument("--steps", type=int, default=8, help="for each number of teachers, after one to warm up")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="in a step; to be divided by 2, 4 and 10")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of teachers.json")
     arguments = parser.parse_args()
     steps, tokens = (2, 24) if arguments.quick else (arguments.steps, 512)
@@ -62,15 +65,14 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    reach_other_machines(False)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as directory:
             checkpoints = write_teachers(Path(directory), max(COUNTS))
-            found = measure([checkpoints[:count] for count in COUNTS], steps, tokens)
+            found = measure([checkpoints[:count] for count in COUNTS], steps, arguments.samples, tokens)
     finally:
         ray.shutdown()
-    results = {"samples": SAMPLES, "tokens": tokens, "steps": steps, "resident": RESIDENT, "counts": found}
+    results = {"samples": arguments.samples, "tokens": tokens, "steps": steps, "resident": RESIDENT, "counts": found}
     atomic_write(arguments.output / "teachers.json", json.dumps(results, indent=2) + "\n")
     show(results)
 
@@ -89,7 +91,7 @@ def write_teachers(directory: Path, count: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-def measure(groups: list[list[str]], steps: int, tokens: int) -> list[dict[str, Any]]:
+def measure(groups: list[list[str]], steps: int, samples: int, tokens: int) -> list[dict[str, Any]]:
     """Some steps with each group of teachers, the groups in turn; the first step, in which everything is loaded and
     compiled, is not counted."""
     import ray
@@ -108,7 +110,7 @@ def measure(groups: list[list[str]], steps: int, tokens: int) -> list[dict[str, 
                 _, before = ray.get(worker.taken.remote())
                 peak_bytes()
                 own = time.process_time()
-                one = step(pool, group, tokens, number)
+                one = step(pool, group, samples, tokens if number else WARM_UP_TOKENS, number)
                 one |= {"trainer_peak": peak_bytes(), "cpu": time.process_time() - own}
                 one["worker_peak"], after = ray.get(worker.taken.remote())
                 one["cpu"] += after - before
@@ -117,15 +119,15 @@ def measure(groups: list[list[str]], steps: int, tokens: int) -> list[dict[str, 
     finally:
         for worker in workers:
             ray.kill(worker)
-    return [_summary(len(group), each, records) for group, records in zip(groups, found, strict=True)]
+    return [_summary(len(group), each, samples, records) for group, records in zip(groups, found, strict=True)]
 
 
-def _summary(teachers: int, each: int, steps: list[dict[str, float]]) -> dict[str, Any]:
+def _summary(teachers: int, each: int, samples: int, steps: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "teachers": teachers,
         "bytes_of_teachers": teachers * each,
-        "seconds_per_sample": Spread.of([one["seconds"] / SAMPLES for one in steps]).as_dict(),
-        "cpu_seconds_per_sample": Spread.of([one["cpu"] / SAMPLES for one in steps]).as_dict(),
+        "seconds_per_sample": Spread.of([one["seconds"] / samples for one in steps]).as_dict(),
+        "cpu_seconds_per_sample": Spread.of([one["cpu"] / samples for one in steps]).as_dict(),
         "busy": Spread.of([one["compute"] / one["seconds"] for one in steps]).as_dict(),
         "loading": Spread.of([one["load"] / one["seconds"] for one in steps]).as_dict(),
         "bytes_loaded": steps[-1]["loaded"],
@@ -134,7 +136,7 @@ def _summary(teachers: int, each: int, steps: list[dict[str, float]]) -> dict[st
     }
 
 
-def step(pool: TeacherPool, checkpoints: list[str], tokens: int, seed: int) -> dict[str, float]:
+def step(pool: TeacherPool, checkpoints: list[str], samples: int, tokens: int, seed: int) -> dict[str, float]:
     """Samples to all teachers, and the divergence from each; seconds and bytes."""
     import torch
 
@@ -142,9 +144,9 @@ def step(pool: TeacherPool, checkpoints: list[str], tokens: int, seed: int) -> d
     from distill.divergence import TeacherRows, one_head_at_a_time
     from distill.objective import Objective
 
-    config, each = v4_config(), SAMPLES // len(checkpoints)
+    config, each = v4_config(), samples // len(checkpoints)
     generator = torch.Generator().manual_seed(seed)
-    hidden_NH = torch.randn(SAMPLES * tokens, config.hidden_size, generator=generator)
+    hidden_NH = torch.randn(samples * tokens, config.hidden_size, generator=generator)
     head_VH = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
     began = time.perf_counter()
     rows = []

@@ -82,11 +82,11 @@ class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
     kind: Literal["sft"] = "sft"
-    shares: Shares = {}
-    """Of the domains that are learned together, among the examples; 1 for those not named."""
     steps: int = Field(100, ge=1)
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
+    shares: Shares = {}
+    """Of the domains that are learned together, among the examples; 1 for those not named."""
     max_length: int = Field(256, ge=8)
     conversations: ConversationsConfig | None = None
     """What is learned instead of the domains' problems: every turn of the assistant."""
@@ -128,11 +128,11 @@ class GrpoStage(Section):
     """Group-relative policy optimisation on verified rewards."""
 
     kind: Literal["grpo"]
-    shares: Shares = {}
-    """Of the domains that are learned together, among the prompts; 1 for those not named."""
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=2)
+    shares: Shares = {}
+    """Of the domains that are learned together, among the prompts; 1 for those not named."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimiser steps on each generated batch (more than 1 is off-policy)."""
     temperature: float = Field(1.0, gt=0)

@@ -65,6 +65,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    reach_other_machines(False)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as directory:

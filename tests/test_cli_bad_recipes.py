@@ -41,9 +41,9 @@ WRONG_KEYS: list[Case] = [
     ({"stages.experts.per_domain[0].group_size": 8}, "stages.experts.per_domain[0].group_size", ["max_length"]),
     ({"stages.experts.gate.min_gian": 0.1}, "stages.experts.gate.min_gian", ["did you mean `min_gain`"]),
     ({"stages.student.teacher": "x"}, "stages.student.teacher", ["did you mean `teachers`"]),
-    ({"evaluation[0].mmlu": {}}, "evaluation[0].mmlu", ["keys allowed here: holdout, lm_eval, function, after"]),
+    ({"evaluation[0].mmlu": {}}, "evaluation[0].mmlu", ["keys allowed here: holdout, lm_eval, judge, function, after"]),
     ({"evaluation[0].lm_eval": {}}, "evaluation[0].lm_eval.tasks", ["required and missing"]),
-    ({"evaluation[0].function": "math:sqrt"}, "evaluation[0]", ["exactly one of `holdout`, `lm_eval` and `function`"]),
+    ({"evaluation[0].function": "math:sqrt"}, "evaluation[0]", ["one of `holdout`, `lm_eval`, `judge` and `function`"]),
     ({"evaluation[0].holdout.k": 1}, "evaluation[0].holdout.k", ["keys allowed here: n, samples"]),
 ]
 MISSING_KEYS: list[Case] = [

@@ -239,7 +239,11 @@ def test_no_text_makes_the_quick_rewards_raise(text: str) -> None:
         ({"code": {"seconds": 0}}, "the seconds of code are a number above 0"),
         ({"code": {"memory_mib": 16}}, "the memory_mib of code are a whole number of at least 64, not 16"),
         ({"rubric": {"judge": "no_such_module:f"}}, "no_such_module:f cannot be imported"),
-        ({"rubric": {"judge": 3}}, "the judge of rubric is `package.module:function`, not 3"),
+        (
+            {"rubric": {"judge": 3}},
+            "the judge of rubric is `package.module:function`, or {actor: a judge domain, votes: how many} "
+            "for the model itself, not 3",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_bad_input(spec, complaint: str) -> None:

@@ -90,12 +90,12 @@ class SftStage(Section):
     """Supervised fine-tuning on reference answers, loss on the assistant's tokens only."""
 
     kind: Literal["sft"] = "sft"
-    shares: Shares = {}
-    """Of the domains that are learned together, among the examples; 1 for those not named."""
     steps: int = Field(100, ge=1)
     """Updates."""
     batch_size: int = Field(64, ge=1)
     """Examples in one optimiser step."""
+    shares: Shares = {}
+    """Of the domains that are learned together, among the examples; 1 for those not named."""
     max_length: int = Field(256, ge=8)
     """Tokens of an example; longer ones are refused."""
     conversations: ConversationsConfig | None = None
@@ -140,14 +140,14 @@ class GrpoStage(Section):
     """Group-relative policy optimisation on verified rewards."""
 
     kind: Literal["grpo"]
-    shares: Shares = {}
-    """Of the domains that are learned together, among the prompts; 1 for those not named."""
     steps: int = Field(100, ge=1)
     """Batches of answers."""
     prompts_per_step: int = Field(16, ge=1)
     """Groups in a batch."""
     group_size: int = Field(8, ge=2)
     """Answers to a prompt."""
+    shares: Shares = {}
+    """Of the domains that are learned together, among the prompts; 1 for those not named."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimiser steps on each generated batch (more than 1 is off-policy)."""
     temperature: float = Field(1.0, gt=0)

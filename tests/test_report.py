@@ -150,7 +150,7 @@ def test_the_summary_compares_base_expert_and_student() -> None:
         return {"name": name, "eval": {domain: {"pass@1": share} for domain, share in shares.items()}}
 
     models = [model("base", a=0.2, b=0.1), model("expert/a/sft", a=0.5), model("expert/a/grpo", a=0.8, b=0.0)]
-    summary = _summary([*models, model("student", a=0.76, b=0.5)], ["a", "b"])
+    summary = _summary([*models, model("student", a=0.76, b=0.5)], ["a", "b"], {})
     assert summary["domains"]["a"] == {
         "base": 0.2,
         "expert": 0.8,
@@ -164,6 +164,8 @@ def test_the_summary_compares_base_expert_and_student() -> None:
         "expert/a/grpo": pytest.approx(0.4),
         "student": pytest.approx(0.63),
     }, "a mean only over all domains"
+    joint = _summary(models, ["a", "b"], {"a": ["b"]})["domains"]["b"]
+    assert joint["expert"] == 0.0 and joint["gain"] == pytest.approx(-0.1), "the expert of a learns b as well"
 
 
 def test_a_failed_run_says_how_far_it_came(tmp_path: Path) -> None:

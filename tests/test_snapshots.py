@@ -14,19 +14,28 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+from posttrain.data import DomainData
 from posttrain.errors import BadInput
+from posttrain.observe.metrics import read_metrics
+from posttrain.recipe import Recipe
 from posttrain.recipe.schema import RolloutConfig
 from posttrain.recipe.stages import GrpoStage, OpdStage, SftStage
+from posttrain.rundir import RunDirectory
 from posttrain.snapshots import Origin, check_origin, damage, newest_good, snapshots_in
+from posttrain.stages.work import Work
 from posttrain.trainers import snapshots as trainer_snapshots
+from posttrain.trainers.actor import TrainerActor
 from posttrain.trainers.grpo import train_grpo
-from posttrain.trainers.jobs import GrpoJob, OpdJob, SnapshotPlan
+from posttrain.trainers.jobs import GrpoJob, OpdJob, SftJob, SnapshotPlan
 from posttrain.trainers.opd import train_opd
 from posttrain.trainers.progress import Progress
-from posttrain.trainers.sft import train_sft
+from posttrain.trainers.sft import SftTrainer, train_sft
 from rollouts.types import FinishedGroup, GroupRequest
+from tests.pipeline_kit import contents
 from tests.test_auxiliary_training import tiny_v4
 from tests.test_sft_packing import examples
+from tests.test_trainers_actor import RECIPE as ACTOR_RECIPE
+from tests.test_trainers_actor import ROWS
 from tests.test_trainers_opd import LIMITS, TEXTS, LocalTeachers
 from tests.trainers_kit import LocalClient, Recorder, prompts, save, tiny_model, tiny_tokenizer
 
@@ -333,3 +342,54 @@ def test_no_code_is_run_from_a_snapshot(two_snapshots: Path, tmp_path: Path) -> 
         )
     assert not (tmp_path / "owned").exists()
     assert json.loads((directory / "manifest.json").read_text())["schema"] == 1
+
+
+def stage_of_a_run(directory: Path, snapshots: dict[str, int] | None) -> tuple[Work, Callable[..., Any]]:
+    """A run whose base is trained by an actor's methods in this process, and what `Work.stage` calls for it."""
+    fields = {**ACTOR_RECIPE, "stages": {**ACTOR_RECIPE["stages"], "base": {"steps": STEPS, "batch_size": 4}}}
+    recipe = Recipe.model_validate({**fields, "snapshots": snapshots})
+    path = directory / "run"
+    run = RunDirectory.open(path) if path.exists() else RunDirectory.create(directory, "run", recipe)
+    actor, config = TrainerActor(0, recipe.model_dump_json(), str(run.path)), recipe.stages.base
+    assert config is not None
+    start = str(directory / "start")
+    if not Path(start).exists():
+        save(tiny_model(0), Path(start))
+
+    def do(output: str, plan: SnapshotPlan | None) -> Callable[[], Any]:
+        return lambda: actor.sft(SftJob("base", config, start, output, ROWS, plan))
+
+    domains = {"letters": DomainData([], [], [])}
+    return Work(recipe, run, domains, tiny_tokenizer(), None), do  # type: ignore[arg-type]
+
+
+def test_a_runs_stage_begins_at_its_snapshot_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.stages.work.wait", lambda train, log: train())
+    plain, do = stage_of_a_run(tmp_path / "plain", None)
+    expected = contents(plain.stage("base", STEPS, do))
+    assert not plain.run.snapshots_path("base").exists()
+    plain.run.close()
+
+    original = SftTrainer.training_step
+
+    def dies(self: SftTrainer, *arguments: Any) -> Any:
+        if self.state.global_step + 1 == KILLED_AT:
+            raise Killed
+        return original(self, *arguments)
+
+    work, do = stage_of_a_run(tmp_path / "killed", {"every": 2})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SftTrainer, "training_step", dies)
+        work.stage("base", STEPS, do)
+    work.run.close()
+    flip_a_bit(work.run.snapshots_path("base") / "step-00000006" / "state.pt")
+
+    again, do = stage_of_a_run(tmp_path / "killed", {"every": 2})
+    assert contents(again.stage("base", STEPS, do)) == expected
+    assert not again.run.snapshots_path("base").exists()
+    records = read_metrics(again.run.path / "metrics.jsonl")
+    assert [one.get("step", 0) for one in records if one.get("event") == "stage_started"] == [0, 4]
+    (warning,) = [one["message"] for one in records if one.get("event") == "warning"]
+    assert "step-00000006 is damaged and not used: the SHA-256 of state.pt" in warning
+    assert [one["step"] for one in records if "metrics" in one] == [*range(1, KILLED_AT), *range(5, STEPS + 1)]
+    again.run.close()

@@ -146,6 +146,11 @@ NOT_THERE: list[Case] = [
     ({"model": {"checkpoint": "./bad.yaml"}}, "model.checkpoint", ["is a file; name its directory"]),
     ({"model": {"checkpoint": "what is this"}}, "model.checkpoint", ["neither a path nor a hub id"]),
     ({"model.tokenizer": "./nowhere"}, "model.tokenizer", ["there is no directory"]),
+    (
+        {"domains.sums.source": {"generator": "posttrain.data.puzzles:riddle"}},
+        "domains.sums.source.generator",
+        ["posttrain.data.puzzles:riddle cannot be imported", "riddle"],
+    ),
     ({"domains.sums.source.reasoning_gym": "chain_sums"}, "domains.sums.source.reasoning_gym", ["mean `chain_sum`"]),
     ({"domains.sums.source.reasoning_gym": ""}, "domains.sums.source.reasoning_gym", ["no task ''", "tasks: ab"]),
     ({"domains.sums.source.params": {"max_term": 3}}, "domains.sums.source.params.max_term", ["mean `max_terms`"]),

@@ -33,7 +33,7 @@ def opd_job(
     start: Path,
     experts: dict[str, Path],
     output: str,
-    snapshots: SnapshotPlan | None,
+    snapshots: SnapshotPlan | None = None,
 ) -> OpdJob:
     """What the trainer is asked to do."""
     teachers = teachers_by_domain(work, experts)

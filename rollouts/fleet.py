@@ -285,7 +285,8 @@ class Fleet:
         slot.incarnation += 1
         start = slot.worker.handle.start.remote(str(self._directory), slot.name, slot.incarnation)
         try:
-            self.info = await asyncio.wait_for(start, START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):
+                self.info = await start
         except TimeoutError:
             raise Stuck(f"worker {slot.index} did not build its engine in {START_SECONDS:g} s") from None
         slot.ready.set()
@@ -321,9 +322,9 @@ class Fleet:
         assert slot.worker is not None
         while True:
             try:
-                report: Report = await asyncio.wait_for(
-                    slot.worker.handle.poll.remote(POLL_SECONDS), POLL_SECONDS + self._stuck_seconds
-                )
+                # Not `wait_for`: before Python 3.12 it forgets that it was cancelled when the answer comes just then.
+                async with asyncio.timeout(POLL_SECONDS + self._stuck_seconds):
+                    report: Report = await slot.worker.handle.poll.remote(POLL_SECONDS)
             except TimeoutError:
                 raise Stuck(f"worker {slot.index} did not answer for {self._stuck_seconds:g} s") from None
             slot.beat = report
@@ -339,7 +340,8 @@ class Fleet:
         assert slot.worker is not None
         where = stacks_file(self._directory, slot.name, slot.incarnation)
         try:
-            text = await asyncio.wait_for(slot.worker.handle.dump.remote(), DUMP_SECONDS)
+            async with asyncio.timeout(DUMP_SECONDS):
+                text = await slot.worker.handle.dump.remote()
             atomic_write(where, text)
         except (TimeoutError, RayActorError, RayTaskError):
             if slot.worker.node == self._node:

@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 6
 def trainer_of(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """A trainer as a recipe's stage makes it, which does not train."""
     made: list[GrpoTrainer] = []
-    monkeypatch.setattr(GrpoTrainer, "train", lambda self: made.append(self))
+    monkeypatch.setattr(GrpoTrainer, "train", lambda self, **options: made.append(self))
 
     def make(**config: Any) -> GrpoTrainer:
         train(tiny_model(0), max_new_tokens=MAX_NEW_TOKENS, **({"prompts_per_step": 2, "group_size": 2} | config))

@@ -128,7 +128,7 @@ def check_origin(directory: Path, origin: Origin) -> None:
         except ValueError:
             continue  # damaged, which is found later
         for field, what in (
-            ("recipe", "from another recipe or other data"),
+            ("inputs", "from another recipe or other data"),
             ("code", "by another version of posttrain's code"),
         ):
             if getattr(manifest, field) != getattr(origin, field):

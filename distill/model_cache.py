@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from threading import Condition, Lock
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +22,9 @@ from transformers import PreTrainedModel
 from distill.checkpoint_store import local_checkpoint, verify_manifest
 from posttrain.errors import BadInput
 from posttrain.trainers.models import load_model
+
+ALIGNMENT = 64
+"""Of tensors in memory, in bytes."""
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Held:
     """Of its parameters."""
     users: int = 0
     """Calls that are using it: it stays until there is none."""
+    pages: Tensor | None = None
+    """The page-locked memory that it lies in."""
 
 
 class ModelCache:
@@ -41,10 +49,16 @@ class ModelCache:
     """
 
     def __init__(
-        self, family: str, budget_bytes: int, cache: Path, on_drop: Callable[[Held], None] = lambda held: None
+        self,
+        family: str,
+        budget_bytes: int,
+        cache: Path,
+        on_load: Callable[[Held], None] = lambda held: None,
+        on_drop: Callable[[Held], None] = lambda held: None,
     ) -> None:
-        """`on_drop` is told of each model that is to leave memory."""
+        """`on_load` is told of each model that has come into memory, `on_drop` of each that is to leave it."""
         self.family = family
+        self.on_load = on_load
         self.on_drop = on_drop
         self.budget_bytes = budget_bytes
         self.cache = cache
@@ -87,6 +101,7 @@ class ModelCache:
                 self._verified.add(path)
             model = self._load(checkpoint, path)
             held = Held(model, path, sum(parameter.nbytes for parameter in model.parameters()), users=1)
+            self.on_load(held)
             with self._changed:
                 self._held[checkpoint] = held
             return held, held.nbytes
@@ -112,13 +127,23 @@ class ModelCache:
 
 
 class Device:
-    """Where teachers compute. On a GPU the weights of one model are there at a time; the host's copy stays."""
+    """Where teachers compute. On a GPU the weights of one model are there at a time; the host's copy stays.
+
+    The host's copy is page-locked (`prepare`), so that the GPU fetches it itself: pageable memory comes through a
+    buffer of the driver's, at a fraction of the bus's rate (`python -m benchmarks.gpu.teacher_swap`).
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._resident: Held | None = None
         self._host: list[Tensor] = []
         self._lock = Lock()
+
+    def prepare(self, held: Held) -> None:
+        """Bring a model that was loaded into memory that is locked, once for all swaps."""
+        if self.name == "cuda":
+            held.pages = moved_together(held.model)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.pages.data_ptr(), held.pages.nbytes, 0))
 
     def place(self, held: Held) -> int:
         """Bring the model's weights to the device; returns the bytes that moved."""
@@ -131,19 +156,40 @@ class Device:
             self._resident = held
             for tensor in tensors:
                 tensor.data = tensor.data.to(self.name, non_blocking=True, copy=True)
+            if self.name == "cuda":
+                torch.cuda.synchronize()  # the seconds of the swap are its own, and the host's copy may be let go
             return sum(tensor.nbytes for tensor in tensors)
 
     def forget(self, held: Held) -> None:
-        """Let the model's weights on the device go, if they are there."""
+        """Let the model's weights on the device go, if they are there, and the locked pages of the host's copy."""
         with self._lock:
             if self._resident is held:
                 self._clear()
+            if held.pages is not None:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(held.pages.data_ptr()))
+                held.pages = None
 
     def _clear(self) -> None:
         if self._resident is not None:
             for tensor, host in zip(tensors_of(self._resident.model), self._host, strict=True):
                 tensor.data = host
         self._resident, self._host = None, []
+
+
+def moved_together(model: nn.Module) -> Tensor:
+    """Move parameters and buffers into one piece of memory with pages of its own; returns it as bytes.
+
+    Pages are locked once each, and two tensors would share one.
+    """
+    tensors = list(tensors_of(model))
+    starts = list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
+    memory = mmap.mmap(-1, max(starts[-1], 1))
+    memory.madvise(mmap.MADV_HUGEPAGE)  # the fewer pages, the sooner they are there and locked
+    pages = torch.frombuffer(memory, dtype=torch.uint8)
+    for tensor, start in zip(tensors, starts, strict=False):
+        place = pages[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = place.copy_(tensor.data)
+    return pages
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -39,13 +39,16 @@ class TeacherWorker:
         threads: int | None = None,
         cache: Path | None = None,
         pulses: tuple[Path, str] | None = None,
+        device: Device | None = None,
     ) -> None:
-        """`pulses`: where to leave signs of life, and under which name."""
+        """`pulses`: where to leave signs of life, and under which name. `device`: default, the GPU if there is one."""
         self._pulse = Pulse(*pulses) if pulses is not None else None
         if threads is not None:
             torch.set_num_threads(threads)
-        self._device = Device("cuda" if torch.cuda.is_available() else "cpu")
-        self._models = ModelCache(family, budget_bytes, cache or default_cache(), on_drop=self._device.forget)
+        self._device = device or Device("cuda" if torch.cuda.is_available() else "cpu")
+        self._models = ModelCache(
+            family, budget_bytes, cache or default_cache(), on_load=self._device.prepare, on_drop=self._device.forget
+        )
         self._computing = Lock()
 
     def hidden_states(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.canary import Canary, vocabulary_digest
 from distill.checkpoint_store import MANIFEST, local_checkpoint
-from distill.model_cache import Device, Held, ModelCache, bytes_in_memory, tensors_of
+from distill.model_cache import Device, Held, ModelCache, bytes_in_memory, moved_together, tensors_of
 from distill.prefill import batches
 from distill.store import DamagedBlock, HiddenBlock, joined
 from distill.teacher import TeacherWorker
@@ -178,6 +179,18 @@ def test_a_model_that_leaves_the_device_is_what_it_was(tmp_path: Path) -> None:
     assert places()[0] == before[0] and places()[1] != before[1]
     device.forget(held[1])
     assert places() == before
+
+
+def test_a_model_in_one_piece_of_memory_is_what_it_was() -> None:
+    model, same = tiny_model(0), tiny_model(0)
+    pages = moved_together(model)
+    begin, end = pages.data_ptr(), pages.data_ptr() + pages.nbytes
+    assert begin % mmap.PAGESIZE == 0
+    for moved, tensor in zip(tensors_of(model), tensors_of(same), strict=True):
+        assert torch.equal(moved, tensor) and moved.stride() == tensor.stride()
+        assert begin <= moved.data_ptr() and moved.data_ptr() + moved.nbytes <= end
+    tokens = torch.arange(5, 12)[None]
+    assert torch.equal(model(tokens).logits, same(tokens).logits)
 
 
 def test_a_block_says_what_it_is_and_notices_damage() -> None:

@@ -16,7 +16,7 @@ from posttrain.files import atomic_write
 
 FAMILIES = (
     *("attention", "indexer", "moe", "mhc", "vocabulary", "dense", "newton_schulz", "quant"),
-    "train_step",
+    *("train_step", "teacher_swap"),
 )
 
 

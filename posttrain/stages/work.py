@@ -22,7 +22,7 @@ from posttrain.errors import BadInput, RunFailed
 from posttrain.observe.metrics import read_metrics
 from posttrain.recipe import Recipe
 from posttrain.rundir import RunDirectory
-from posttrain.snapshots import Origin, newest_good
+from posttrain.snapshots import Origin, check_origin, newest_good
 from posttrain.stages.origin import code_hash, inputs_of
 from posttrain.stages.side_by_side import Stopped
 from posttrain.trainers.jobs import SnapshotPlan
@@ -106,9 +106,9 @@ class Work:
         started = time.monotonic()
         if not known.attempts:  # what is there under its name comes from other inputs
             self._forget_samples(name, sampler)
+        plan, done = self._snapshots(name)
         self.run.note_origin(name, self._inputs[name], code_hash())
         self.run.start_stage(name)
-        plan, done = self._snapshots(name)
         self.run.append_event(
             {"event": "stage_started", "stage": name, "steps": steps, **({"step": done} if done else {})}
         )
@@ -144,10 +144,10 @@ class Work:
         def tell(message: str) -> None:
             self.run.append_event({"event": "warning", "stage": name, "message": message})
 
-        directory = self.run.snapshots_path(name)
+        directory, origin = self.run.snapshots_path(name), Origin(self._inputs[name], code_hash())
+        check_origin(directory, origin)
         found = newest_good(directory, tell)
         resume = None if found is None else str(found.path)
-        origin = Origin(self._inputs[name], code_hash())
         plan = SnapshotPlan(str(directory), config.every, config.keep, origin, resume)
         return plan, 0 if found is None else found.step
 

@@ -19,14 +19,15 @@ from posttrain.errors import BadInput, RunFailed
 from posttrain.interrupts import ignored
 from posttrain.observe.metrics import MetricsLog
 from posttrain.observe.pulse import PULSES
+from posttrain.placement import actors_of, inside, reserve
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from distill.pool import TeacherPool
     from rollouts.pool import RolloutClient, RolloutPool
 
-ACTOR_CPUS = 0.01
-"""What an actor claims of Ray's CPUs: on a small machine they all share, each with `cluster.threads` threads."""
 DASHBOARD_PORT = 8265
 """Ray's default, and the recipe's. When it is taken, the dashboard listens on the next free port."""
 FAREWELL_SECONDS = 1.5
@@ -46,6 +47,8 @@ class Cluster:
     pool: RolloutPool | None = None
     pulses: Path | None = None
     """Where actors leave signs of life."""
+    room: PlacementGroup | None = None
+    """Of trainers, teachers and rollout workers."""
     _teachers: TeacherPool | None = None
 
     @property
@@ -64,16 +67,16 @@ class Cluster:
         if self._teachers is None:
             from distill.pool import start_teachers
 
-            cluster = self.recipe.cluster
-            options = {
-                "num_cpus": ACTOR_CPUS,
-                "num_gpus": cluster.gpus_per_worker,
-                "scheduling_strategy": "SPREAD",
-                "runtime_env": {"env_vars": _environment(self.recipe)},
-            }
+            cluster, options = self.recipe.cluster, self.actor_options()
             count, family, budget = cluster.teacher_workers, self.recipe.model.family, cluster.teacher_memory_mib << 20
             self._teachers = start_teachers(count, family, budget, cluster.threads, options, self.pulses)
         return self._teachers
+
+    def actor_options(self) -> dict[str, Any]:
+        """Of trainers and teachers, for Ray."""
+        assert self.room is not None
+        environment = {"env_vars": _environment(self.recipe)}
+        return {**inside(self.room), "num_gpus": self.recipe.cluster.gpus_per_worker, "runtime_env": environment}
 
     def replace_teacher(self, index: int) -> None:
         """Kill a teacher worker; Ray starts another one, and repeats what it was asked."""
@@ -93,11 +96,14 @@ class Cluster:
     def stop_actors(self) -> None:
         """Kill every actor that was started; whoever waits for one of them gets an error. May be called again."""
         import ray
+        from ray.util.placement_group import remove_placement_group
 
         if self.pool is not None:
             self.pool.stop()
         for actor in [*self.trainers, *(self._teachers.workers if self._teachers else [])]:
             ray.kill(actor, no_restart=True)
+        if self.room is not None:
+            remove_placement_group(self.room)
 
 
 @contextmanager
@@ -222,9 +228,7 @@ def _check_gpus(recipe: Recipe, trainers: bool) -> None:
 
 def gpus_needed(recipe: Recipe, trainers: bool = True) -> float:
     """GPUs that the actors claim in all; without trainers, as in `posttrain eval`, there are no teachers either."""
-    settings = recipe.cluster
-    actors = settings.rollout_workers + (settings.trainers + settings.teacher_workers if trainers else 0)
-    return settings.gpus_per_worker * actors
+    return recipe.cluster.gpus_per_worker * actors_of(recipe.cluster, trainers)
 
 
 def _end(processes: set[psutil.Process]) -> None:
@@ -257,22 +261,29 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
     from rollouts.settings import engine_kind, engine_settings
 
     recipe, settings = cluster.recipe, cluster.recipe.cluster
+    metrics = MetricsLog(run_directory / "metrics.jsonl") if run_directory is not None else None
+
+    def tell(message: str) -> None:
+        if metrics is not None:
+            metrics.event("warning", message=message)
+
+    cluster.room = reserve(settings, actors_of(settings, trainers=run_directory is not None), tell)
     if run_directory is not None:
         cluster.pulses = run_directory / PULSES
         shutil.rmtree(cluster.pulses, ignore_errors=True)  # of an earlier life
-        actor = ray.remote(TrainerActor).options(
-            num_cpus=ACTOR_CPUS,
-            num_gpus=settings.gpus_per_worker,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": _environment(recipe)},
-        )
+        actor = ray.remote(TrainerActor).options(**cluster.actor_options())
         recipe_json = recipe.model_dump_json()
         cluster.trainers = [actor.remote(slot, recipe_json, str(run_directory)) for slot in range(settings.trainers)]
     kind = engine_kind(recipe.model.family, recipe.rollout)
     engines = engine_settings(engine_description, kind, recipe.rollout, settings.threads, recipe.model.kernels)
     log = run_directory / "rollouts" if run_directory is not None else None
     caps = {name: domain.max_running for name, domain in recipe.domains.items() if domain.max_running is not None}
-    metrics = MetricsLog(run_directory / "metrics.jsonl") if run_directory is not None else None
     cluster.pool = RolloutPool(
-        engines, settings.rollout_workers, settings.gpus_per_worker, log, domain_running=caps, metrics=metrics
+        engines,
+        settings.rollout_workers,
+        settings.gpus_per_worker,
+        log,
+        domain_running=caps,
+        metrics=metrics,
+        room=cluster.room,
     )

@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
 from posttrain.files import atomic_write
+from posttrain.placement import inside
 from rollouts.log.format import next_incarnation
 from rollouts.log.writer import LogFailed
 from rollouts.scheduler import Lane, in_lane
@@ -33,6 +34,7 @@ from rollouts.worker import LoadReport, Report, RolloutWorker, WorkerStats, stac
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
 WORKER_CPUS = 0.01
 """What a worker claims of Ray's CPUs: its threads are `cluster.threads`, and on a small machine all actors share."""
@@ -141,19 +143,23 @@ class Fleet:
         gpus_per_worker: float,
         stuck_seconds: float,
         spares: int,
+        room: tuple[PlacementGroup | None, int] = (None, 0),
     ) -> None:
+        """`room`: a placement group, and how many of the first places have their workers in it."""
         self._settings = settings
         self._directory = directory
         self._owner = owner
         self._stuck_seconds = stuck_seconds
-        self._actor = ray.remote(RolloutWorker).options(
-            num_cpus=WORKER_CPUS,
-            num_gpus=gpus_per_worker,
-            scheduling_strategy="SPREAD",
-            max_restarts=0,
-            max_concurrency=WORKER_CALLS,
-            runtime_env={"env_vars": engine_environment(settings.threads, settings.kernels)},
-        )
+        self._actor = ray.remote(RolloutWorker)
+        self._options = {
+            "num_cpus": WORKER_CPUS,
+            "num_gpus": gpus_per_worker,
+            "scheduling_strategy": "SPREAD",
+            "max_restarts": 0,
+            "max_concurrency": WORKER_CALLS,
+            "runtime_env": {"env_vars": engine_environment(settings.threads, settings.kernels)},
+        }
+        self._room, self._rooms = room
         self._spare_count = spares
         self._spares: list[asyncio.Task[Prepared]] = []
         self._node = ray.get_runtime_context().get_node_id()
@@ -281,7 +287,7 @@ class Fleet:
 
     async def _start(self, slot: Slot) -> None:
         """A worker with an engine and, if there are any, with weights; then the owner knows of it."""
-        slot.worker = await self._take_spare()
+        slot.worker = await self._take_spare(slot.index)
         slot.incarnation += 1
         start = slot.worker.handle.start.remote(str(self._directory), slot.name, slot.incarnation)
         try:
@@ -365,8 +371,8 @@ class Fleet:
                 stacks.unlink()
         await self._owner.worker_down(slot.index, (slot.name, slot.incarnation), killed)
 
-    async def _take_spare(self) -> Prepared:
-        task = self._spares.pop(0) if self._spares else asyncio.create_task(self._prepare())
+    async def _take_spare(self, index: int) -> Prepared:
+        task = self._spares.pop(0) if self._spares else asyncio.create_task(self._prepare(index))
         self._fill_spares()
         return await task
 
@@ -374,8 +380,11 @@ class Fleet:
         while len(self._spares) < self._spare_count:
             self._spares.append(asyncio.create_task(self._prepare()))
 
-    async def _prepare(self) -> Prepared:
-        handle = self._actor.remote(self._settings)
+    async def _prepare(self, index: int | None = None) -> Prepared:
+        """A process for a place, or for any."""
+        reserved = self._room is not None and index is not None and index < self._rooms
+        options = self._options | (inside(self._room) if reserved else {})
+        handle = self._actor.options(**options).remote(self._settings)
         pid, node = await handle.prepare.remote()
         return Prepared(handle, pid, node)
 

@@ -43,6 +43,7 @@ from rollouts.worker import Report, WorkerStats
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+    from ray.util.placement_group import PlacementGroup
 
 COMPACT_SECONDS = 5.0
 """Between two looks for segments of the log that nobody needs."""
@@ -80,6 +81,8 @@ class ServiceSettings:
     """See `Limits.deaths`."""
     domain_running: Mapping[str, int] = field(default_factory=dict)
     """See `Limits.domain_running`."""
+    room: PlacementGroup | None = None
+    """Where Ray is to put the workers; those beyond `workers`, and spares, go anywhere."""
     metrics: MetricsLog | None = None
     """Where to write how things stand (`rollouts.monitor`); default: nowhere."""
 
@@ -399,6 +402,7 @@ class RolloutService:
             self.settings.gpus_per_worker,
             self.settings.stuck_seconds,
             self.settings.spares,
+            (self.settings.room, self.settings.workers),
         )
         self._weights = LaneWeights(self._fleet, self._directory / "weights", self.worker_up, self._until)
         if driver:

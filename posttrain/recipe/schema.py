@@ -86,6 +86,8 @@ class ClusterConfig(Section):
     """CPU threads of each actor's numerical libraries."""
     gpus_per_worker: float = Field(0, ge=0)
     """Of each trainer, rollout worker and teacher worker; a share of one will do."""
+    placement: Literal["spread", "pack"] = "spread"
+    """Trainers, teacher workers and rollout workers on as many nodes as possible, or on as few."""
     dashboard: bool = True
     """Ray's, of an own cluster."""
     dashboard_host: str = "127.0.0.1"

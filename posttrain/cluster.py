@@ -265,7 +265,7 @@ def _start_actors(cluster: Cluster, engine_description: Path, run_directory: Pat
 
     def tell(message: str) -> None:
         if metrics is not None:
-            metrics.event("warning", message=message)
+            metrics.event("warning", stage="run", message=message)
 
     cluster.room = reserve(settings, actors_of(settings, trainers=run_directory is not None), tell)
     if run_directory is not None:

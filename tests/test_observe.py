@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from posttrain.observe.environment import describe_environment
 from posttrain.observe.intervals import accuracy_interval, binomial_interval
 from posttrain.observe.metrics import MetricsFollower, MetricsLog, read_metrics
-from posttrain.observe.progress import LiveProgress, PlainLines, live_table, seconds_left
+from posttrain.observe.periodic import Periodic
+from posttrain.observe.progress import POLL_SECONDS, LiveProgress, PlainLines, live_table, seconds_left
 from posttrain.observe.resources import ResourceMonitor, kind_of_command
 from posttrain.observe.runview import RunView
 from posttrain.observe.words import duration, number, percent, points, size
@@ -319,7 +320,7 @@ def test_following_a_busy_run_takes_little_processor_time(tmp_path: Path, capsys
         progress._follow()
         spent = time.thread_time()
 
-    progress._thread = threading.Thread(target=follow)
+    progress._thread = Periodic("timed", POLL_SECONDS, follow)
     with progress:
         for step in range(40):  # two stages at ten steps a second each
             log.write("base", step, 40, {"loss": 1.0, "reward": 0.5, "kl": 0.1})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.observe.metrics import MetricsFollower, Record
+from posttrain.observe.periodic import Periodic
 from posttrain.observe.runview import STATUS_MARKS, RunView, StageView, record_time
 from posttrain.observe.teachers import teacher_lines
 from posttrain.observe.words import duration, number, percent
@@ -46,8 +46,7 @@ class LiveProgress:
         self._view = RunView(stages, keep_steps=KEPT_STEPS)
         self._lines = PlainLines(self._view, line_seconds)
         self._screen = Screen(self._view, slots)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="live-progress", daemon=True)
+        self._thread = Periodic("live-progress", POLL_SECONDS, self._follow)
         self._log: int | None = None
 
     def __enter__(self) -> LiveProgress:
@@ -63,8 +62,7 @@ class LiveProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.stop()
         self._take(self._follower.new_records(), last=True)
         self._screen.stop()
         if self._log is not None:
@@ -72,8 +70,7 @@ class LiveProgress:
             self._log = None
 
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self._take(self._follower.new_records())
+        self._take(self._follower.new_records())
 
     def _take(self, records: list[Record], last: bool = False) -> None:
         lines = [line for record in records for line in self._lines.of(record)]

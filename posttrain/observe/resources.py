@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from posttrain.observe.metrics import MetricsLog
+from posttrain.observe.periodic import Periodic
 
 PROC = Path("/proc")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -57,15 +57,13 @@ class ResourceMonitor:
         self.peak_by_process_kind: dict[str, int] = {}
         """Peak summed RSS of each kind of process: `driver`, `actor <class>`, `Ray`, ... (`kind_of_command`)."""
         self._log = log
-        self._seconds = seconds
         self._cpu: dict[ProcessKey, float] = {}
         self._kinds: dict[ProcessKey, str] = {}
         self._rss_bytes = 0
         self._pss_bytes = 0
         self._rss_at_pss = 0
         self._next_pss = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="resource-monitor", daemon=True)
+        self._thread = Periodic("resource-monitor", seconds, self.sample)
 
     @property
     def cpu_seconds(self) -> float:
@@ -89,14 +87,9 @@ class ResourceMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.stop()
         self._next_pss = 0.0
         self.sample()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
-            self.sample()
 
     def sample(self) -> None:
         """Take one sample now."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
 from posttrain.observe.exported import Exporter
 from posttrain.observe.metrics import MetricsFollower, MetricsLog, Record
+from posttrain.observe.periodic import Periodic
 from posttrain.observe.runview import is_number, record_time
 from posttrain.observe.trackers import TRACKERS, Tracker
 from posttrain.recipe import Recipe
@@ -49,8 +49,8 @@ class Tracking:
         self._exporter = Exporter(self._directory.name)
         self._export = RecordExport(self._exporter)
         self._trackers: dict[str, Tracker] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
+        self._refreshed = 0.0
+        self._thread = Periodic("tracking", POLL_SECONDS, self._follow)
 
     def __enter__(self) -> Tracking:
         self._export.pending(self._recipe.stage_names())
@@ -67,8 +67,7 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.stop()
         self._take(self._follower.new_records())
         for name, tracker in list(self._trackers.items()):
             try:
@@ -78,12 +77,10 @@ class Tracking:
         self._log.close()
 
     def _follow(self) -> None:
-        refreshed = time.monotonic()
-        while not self._stop.wait(POLL_SECONDS):
-            self._take(self._follower.new_records())
-            if time.monotonic() - refreshed >= REFRESH_SECONDS:
-                refreshed = time.monotonic()
-                self._exporter.refresh()
+        self._take(self._follower.new_records())
+        if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
+            self._exporter.refresh()
 
     def _take(self, records: list[Record]) -> None:
         for record in records:

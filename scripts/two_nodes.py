@@ -8,6 +8,7 @@ which actors ran on which node, and ends exactly the two nodes that it started.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import socket
@@ -22,6 +23,8 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 START_SECONDS = 60
+NOT_SENT = ["/.[a-z]*", "/runs"]
+"""What of the working directory a job has no need of; Ray takes 100 MB at most."""
 WATCH_SECONDS = 2.0
 
 
@@ -51,7 +54,8 @@ def run(recipe: str, options: list[str], gcs: int, dashboard: int | None) -> int
     address = f"127.0.0.1:{gcs}" if dashboard is None else "auto"
     command = ["posttrain", "run", recipe, "--set", f"cluster.address={address}", *options]
     if dashboard is not None:
-        submit = ["job", "submit", f"--address=http://127.0.0.1:{dashboard}", f"--working-dir={Path.cwd()}", "--"]
+        environment = json.dumps({"working_dir": str(Path.cwd()), "excludes": NOT_SENT})
+        submit = ["job", "submit", f"--address=http://127.0.0.1:{dashboard}", f"--runtime-env-json={environment}", "--"]
         command = ["ray", *submit, str(BIN / "posttrain"), *command[1:]]
     code = subprocess.call([str(BIN / command[0]), *command[1:]])
     over.set()

@@ -34,7 +34,7 @@ from posttrain.models.deepseek_v4.context import PackedContext
 from rollouts.logprobs import sampler_logprobs
 from rollouts.plugin import compat
 from rollouts.plugin.caches import CacheLayer, PagedBackend, PagedMetadata, PagedMetadataBuilder, cache_layers
-from rollouts.plugin.paged import PagedContext
+from rollouts.plugin.paged import DecodeContext, PagedContext
 from tests.v4_models import VOCABULARY, our_model
 
 ROOT = Path(__file__).parents[1]
@@ -172,10 +172,11 @@ class Pages:
             spec = cache.get_kv_cache_spec(VllmConfig())
             count = -(-longest // spec.block_size)
             rows = spec.block_size // cache.tokens_per_row
-            memory = torch.full((requests * count, rows + 1, cache.width), torch.nan, dtype=spec.dtype)
+            memory = torch.full((1 + requests * count, rows + 1, cache.width), torch.nan, dtype=spec.dtype)
             cache.bind_kv_cache(memory[:, :rows].unsqueeze(1))
             generator = torch.Generator().manual_seed(count)
-            self.tables[cache.name] = torch.randperm(requests * count, generator=generator).view(requests, count)
+            order = torch.randperm(requests * count, generator=generator)
+            self.tables[cache.name] = 1 + order.view(requests, count)  # block 0 is nobody's, as in vLLM
             self.blocks[cache.name] = spec.block_size
 
     def metadata(self, counts: list[int], lengths: list[int]) -> dict[str, PagedMetadata]:
@@ -222,6 +223,32 @@ def test_chunks_over_caches_in_the_models_dtype_are_the_whole_sequences_to_the_b
     chunked = paged_hidden(model, pages, sequences, lambda request, done: 1 if done > 40 else 7 + 5 * request)
     assert whole_TH.dtype is dtype
     assert same_bits(torch.cat(chunked), whole_TH)
+
+
+def test_steps_of_fixed_shape_are_the_whole_sequences_to_the_bit() -> None:
+    """As CUDA graphs need them: every token is compressed, and there are requests that own no page."""
+    model = our_model(3)
+    torch.manual_seed(6)
+    sequences = [torch.randint(2, VOCABULARY, (length,)) for length in (70, 90, 133)]
+    bounds = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0)
+    with torch.no_grad():
+        whole = model.model.forward_packed(torch.cat(sequences), PackedContext(bounds)).split(bounds.diff().tolist())
+    pages, prompt, size = Pages(caches_of(model, torch.float32), len(sequences), 133), 40, 5
+    paged_hidden(model, pages, [sequence[:prompt] for sequence in sequences], lambda request, done: prompt)
+    for position in range(prompt, 133):
+        rows = [row for row, sequence in enumerate(sequences) if position < len(sequence)]
+        tokens_R, positions_R = torch.zeros(2, size, dtype=torch.int64).unbind(0)
+        tokens_R[: len(rows)] = torch.stack([sequences[row][position] for row in rows])
+        positions_R[: len(rows)] = position
+        metadata = pages.metadata([1] * len(rows), [position + 1] * len(rows))
+        for name, one in metadata.items():
+            table_RB = torch.zeros(size, one.block_table_RB.shape[1], dtype=torch.int64)
+            table_RB[: len(rows)] = pages.tables[name][rows]
+            metadata[name] = dataclasses.replace(one, block_table_RB=table_RB)
+        with torch.inference_mode():
+            context = DecodeContext(positions_R, metadata, pages.caches, 256)
+            hidden_RH = model.model.forward_packed(tokens_R, context)
+        assert same_bits(hidden_RH[: len(rows)], torch.stack([whole[row][position] for row in rows])), position
 
 
 # --- Log-probabilities -----------------------------------------------------------------------------------------------

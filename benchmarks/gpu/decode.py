@@ -1,8 +1,9 @@
 """Decoding on one GPU: our plugin against vLLM's in-tree V4 with the same random weights, one after the other.
 
-`python -m benchmarks.gpu.decode [--quick] [--size small|flash] [--engines ours,eager,graphs] [--out FILE]` prints JSON.
-Each engine has a process of its own. `eager` and `graphs` are the in-tree model (FP8 linears, MXFP4 experts, FP8
-cache) without and with CUDA graphs; ours runs bf16 and eagerly. Every token comes with its log-probability.
+`python -m benchmarks.gpu.decode [--quick] [--size small|flash] [--engines ours,eager,...] [--out FILE]` prints JSON.
+Each engine has a process of its own. `ours` and `ours-eager` are our model in bf16 with and without CUDA graphs,
+`graphs` and `eager` the in-tree model (FP8 linears, MXFP4 experts, FP8 cache). Every token comes with its
+log-probability.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import released_tensors, write_config, write_tensors
 from posttrain.models.deepseek_v4.export import convert_tensor, released_config_dict
 
-ENGINES = ("ours", "eager", "graphs")
+ENGINES = ("ours", "ours-eager", "eager", "graphs")
 SEQUENCES = (64, 256)
 CACHE_BYTES = 8 << 30
 
@@ -71,7 +72,7 @@ def generator(llm: Any) -> Callable[[list[list[int]], int], object]:
     return generate
 
 
-def ours(size: str, directory: Path) -> Any:
+def ours(size: str, directory: Path, graphs: bool) -> Any:
     """Our engine, with weights."""
     place, config = Place(), config_of(size)
     engine = start_engine(
@@ -87,6 +88,8 @@ def ours(size: str, directory: Path) -> Any:
     engine.load_weights(model.engine_state_dict(), 1)
     model.to("meta")
     torch.cuda.empty_cache()
+    if not graphs:
+        engine._llm.apply_model(lambda model: setattr(model, "graphs", None))
     return engine._llm
 
 
@@ -130,7 +133,10 @@ def one(which: str, size: str, quick: bool) -> dict[str, Any]:
     """One engine, in this process."""
     with tempfile.TemporaryDirectory() as directory:
         begin = time.monotonic()
-        llm = ours(size, Path(directory)) if which == "ours" else in_tree(size, Path(directory), which == "graphs")
+        if which.startswith("ours"):
+            llm = ours(size, Path(directory), graphs=which == "ours")
+        else:
+            llm = in_tree(size, Path(directory), graphs=which == "graphs")
         start_seconds = time.monotonic() - begin
         print(f"{which} ready after {start_seconds:.0f} s", file=sys.stderr, flush=True)
         vocabulary = config_of(size).vocab_size
@@ -157,7 +163,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     if options.one:
-        if options.one == "ours":
+        if options.one.startswith("ours"):
             with_engine_environment()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads it when the engine begins
         results = one(options.one, options.size, options.quick)

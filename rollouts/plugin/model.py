@@ -13,10 +13,12 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
 from posttrain.models.deepseek_v4.checkpoint import FLOAT32
+from posttrain.models.deepseek_v4.config import fp4_experts
 from posttrain.models.deepseek_v4.context import PackedContext
 from posttrain.models.deepseek_v4.layers import Gate, Linear
 from posttrain.models.deepseek_v4.model import DeepseekV4Model
 from rollouts.plugin.caches import cache_layers
+from rollouts.plugin.graphs import DecodeGraphs
 from rollouts.plugin.paged import PagedContext
 
 
@@ -34,13 +36,17 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         for name, parameter in self.named_parameters():
             if FLOAT32.search(name):  # vLLM makes everything in the engine's dtype; trainers keep these in fp32
                 parameter.data = parameter.data.float()
-        for module in self.modules():
-            if isinstance(module, Gate) and module.hashed:  # vLLM's trial run needs experts that differ
-                numbers = torch.arange(module.tid2eid.numel()).view_as(module.tid2eid)
-                module.tid2eid.copy_(numbers % config.n_routed_experts)
+        self.gates = [module for module in self.modules() if isinstance(module, Gate)]
+        for gate in self.gates:
+            if gate.hashed:  # vLLM's trial run needs experts that differ
+                numbers = torch.arange(gate.tid2eid.numel()).view_as(gate.tid2eid)
+                gate.tid2eid.copy_(numbers % config.n_routed_experts)
         self.longest = vllm_config.model_config.max_model_len
         dtype = torch.float32 if current_platform.is_cpu() else vllm_config.model_config.dtype
         self.caches = cache_layers(config, dtype)
+        self.graphs: DecodeGraphs | None = None
+        if current_platform.is_cuda() and not fp4_experts(config):  # rounded anew, experts would lie elsewhere
+            self.graphs = DecodeGraphs(self.model.forward_packed, self.caches)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token embeddings (vLLM asks for them when it mixes modalities; we never do)."""
@@ -60,6 +66,11 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         if not isinstance(metadata, dict):  # Profiling before the caches exist: sequences of their own.
             starts = torch.arange(0, len(tokens_T) + self.longest, self.longest, device=tokens_T.device)
             return self.model.forward_packed(tokens_T, PackedContext(starts.clamp(max=len(tokens_T))))
+        watched = any(gate._forward_hooks for gate in self.gates)  # for their routes, as Python runs them
+        if self.graphs is not None and not watched:
+            decoded = self.graphs.run(tokens_T, positions, metadata)
+            if decoded is not None:
+                return decoded
         scheduled = next(iter(metadata.values())).scheduled
         context = PagedContext(positions[:scheduled], metadata, self.caches)
         hidden = self.model.forward_packed(tokens_T[:scheduled], context)

@@ -67,6 +67,11 @@ class PagedContext:
             self._ending_E[rate] = ending_E.to(self.positions_T.device, non_blocking=True)
         return self._ending_E[rate]
 
+    def _entry_rows(self, cache: CacheLayer, rate: int) -> Tensor:
+        """Where the entries of these blocks belong."""
+        ending_E = self._ending(rate)
+        return self._rows(cache, self.positions_T[ending_E], self._request_T[ending_E])
+
     def window(self, name: str, kv_TD: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Write the new tokens' KV, and point at the last `width` tokens of each."""
         cache, key = self._cache(name, "recent")
@@ -99,10 +104,9 @@ class PagedContext:
     def entries(self, name: str, entries_ED: Tensor, rate: int) -> Tensor:
         """Write the new entries where their blocks belong; the store is the whole cache."""
         cache, key = self._cache(name, "entries")
-        ending_E = self._ending(rate)
         memo = ("entries", rate, key)
         if memo not in self._memo:
-            self._memo[memo] = self._rows(cache, self.positions_T[ending_E], self._request_T[ending_E])
+            self._memo[memo] = self._entry_rows(cache, rate)
         store = cache.part(name)
         store[self._memo[memo]] = entries_ED.to(store.dtype)
         return store
@@ -119,3 +123,31 @@ class PagedContext:
             page = pages.block_size // rate
             self._candidates[memo] = Candidates(complete_T, self._request_T, first_rows_RB, page, columns)
         return self._candidates[memo]
+
+
+class DecodeContext(PagedContext):
+    """One new token of each request, with shapes that depend on nothing but their number and a bound on lengths.
+
+    Every token is treated as one that ends a block: what comes of it goes to the null page (vLLM's block 0, which no
+    request has) unless it does. So the launches of a step are always the same ones, as a CUDA graph has to have them.
+
+    Args:
+        positions_R: position of each request's token.
+        metadata: as for `PagedContext`; only the pages are looked at.
+        longest: no request has more tokens.
+    """
+
+    def __init__(
+        self, positions_R: Tensor, metadata: dict[str, PagedMetadata], caches: nn.ModuleDict, longest: int
+    ) -> None:
+        self.positions_T = positions_R
+        self._metadata, self._caches, self._longest = metadata, caches, longest
+        self._request_T = torch.arange(len(positions_R), device=positions_R.device)
+        self._memo, self._blocks, self._candidates = {}, {}, {}
+
+    def _ending(self, rate: int) -> Tensor:
+        return self._request_T
+
+    def _entry_rows(self, cache: CacheLayer, rate: int) -> Tensor:
+        rows_R = super()._entry_rows(cache, rate)
+        return torch.where((self.positions_T + 1) % rate == 0, rows_R, 0)

@@ -1,0 +1,113 @@
+"""Decoding steps as CUDA graphs: one launch for all kernels of a step, which otherwise wait for Python.
+
+A graph is a step of so many requests, none longer than a bound; both are rounded up, and what is missing is filled with
+requests that own no pages (they write to vLLM's null block). It is recorded when its size first comes. Kernels, their
+order and their shapes by token are those of a step without a graph, so the bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rollouts.plugin.caches import PagedMetadata
+from rollouts.plugin.paged import DecodeContext
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+"""Requests of a step; more go without a graph."""
+SHORTEST = 256
+"""The smallest bound on lengths; the others are its doubles."""
+
+Step = Callable[[Tensor, DecodeContext], Tensor]
+"""Token ids and their context to hidden states."""
+
+
+@dataclass
+class _Graph:
+    """A step that was recorded, and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens_R: Tensor
+    positions_R: Tensor
+    metadata: dict[str, PagedMetadata]
+    hidden_RH: Tensor
+
+
+class DecodeGraphs:
+    """Takes over steps with one new token for each request.
+
+    Args:
+        step: the model, run without a graph.
+        caches: what `cache_layers` returned.
+    """
+
+    def __init__(self, step: Step, caches: nn.ModuleDict) -> None:
+        self._step, self._caches = step, caches
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def run(self, tokens_T: Tensor, positions_T: Tensor, metadata: dict[str, PagedMetadata]) -> Tensor | None:
+        """Hidden states `[T, hidden]`; None for a step that is none of single tokens, or is too large."""
+        group = next(iter(metadata.values()))
+        count = len(group.counts_R)
+        if count != group.scheduled or count > SIZES[-1]:
+            return None
+        size = next(size for size in SIZES if size >= count)
+        longest = SHORTEST
+        while longest < group.seq_lens_R.max():
+            longest *= 2
+        if (size, longest) not in self._graphs:
+            self._graphs[size, longest] = self._record(size, longest, metadata)
+        graph = self._graphs[size, longest]
+        _fill(graph.tokens_R, tokens_T)
+        _fill(graph.positions_R, positions_T)
+        for name, static in _groups(graph.metadata).items():
+            _fill(static.block_table_RB, metadata[name].block_table_RB[:count])
+        graph.graph.replay()
+        return graph.hidden_RH[:count]
+
+    def _record(self, size: int, longest: int, metadata: dict[str, PagedMetadata]) -> _Graph:
+        """A step of requests that own no pages, run once, so that its kernels are compiled, and then recorded."""
+        device = next(iter(metadata.values())).block_table_RB.device
+        tokens_R, positions_R = torch.zeros(2, size, dtype=torch.int64, device=device).unbind(0)
+        static: dict[int, PagedMetadata] = {}
+        for one in metadata.values():
+            if id(one) not in static:
+                table_RB = one.block_table_RB.new_zeros(size, one.block_table_RB.shape[1])
+                static[id(one)] = PagedMetadata(
+                    one.query_start_R, one.counts_R, one.seq_lens_R, table_RB, one.block_size
+                )
+        named = {name: static[id(one)] for name, one in metadata.items()}
+
+        def step() -> Tensor:
+            return self._step(tokens_R, DecodeContext(positions_R, named, self._caches, longest))
+
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may allocate meanwhile: theirs is not recorded, and must not fail.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            hidden_RH = step()
+        return _Graph(graph, tokens_R, positions_R, named, hidden_RH)
+
+
+def _groups(metadata: dict[str, PagedMetadata]) -> dict[str, PagedMetadata]:
+    """One cache's name for each group of caches with the same pages."""
+    found: dict[int, str] = {}
+    for name, one in metadata.items():
+        found.setdefault(id(one), name)
+    return {name: metadata[name] for name in found.values()}
+
+
+def _fill(static: Tensor, values: Tensor) -> None:
+    """Values, then zeros: position 0 of a request whose pages are all the null page."""
+    static[: len(values)].copy_(values)
+    static[len(values) :].zero_()

@@ -49,8 +49,9 @@ SHARES = {
 """Of the kills; actors by their classes."""
 DELAY_SECONDS = 1.5
 """At most, from a step to the kill that it is the moment of: steps are not all that a run does."""
-GONE_SECONDS = 60.0
-"""How long the processes of a killed driver may take to end."""
+GONE_SECONDS = 180.0
+"""How long the processes of a killed driver may take to end: Ray's agents, killed while they start, look for their
+raylet for longer than a minute before they give up."""
 
 
 def main() -> None:

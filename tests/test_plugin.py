@@ -34,7 +34,8 @@ from posttrain.models.deepseek_v4.context import PackedContext
 from rollouts.logprobs import sampler_logprobs
 from rollouts.plugin import compat
 from rollouts.plugin.caches import CacheLayer, PagedBackend, PagedMetadata, PagedMetadataBuilder, cache_layers
-from rollouts.plugin.paged import DecodeContext, PagedContext
+from rollouts.plugin.graphs import DecodeGraphs
+from rollouts.plugin.paged import PagedContext
 from tests.v4_models import VOCABULARY, our_model
 
 ROOT = Path(__file__).parents[1]
@@ -225,30 +226,44 @@ def test_chunks_over_caches_in_the_models_dtype_are_the_whole_sequences_to_the_b
     assert same_bits(torch.cat(chunked), whole_TH)
 
 
+class Repeated(DecodeGraphs):
+    """Steps are run again where a GPU would replay them: in the same memory, which holds what the last one left."""
+
+    def _capture(self, step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
+        hidden_RH = step()
+        return lambda: hidden_RH.copy_(step()), hidden_RH
+
+
 def test_steps_of_fixed_shape_are_the_whole_sequences_to_the_bit() -> None:
     """As CUDA graphs need them: every token is compressed, and there are requests that own no page."""
     model = our_model(3)
     torch.manual_seed(6)
-    sequences = [torch.randint(2, VOCABULARY, (length,)) for length in (70, 90, 133)]
-    bounds = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0)
+    lengths, prompt = (133, 259, 60, 90, 133), 40
+    sequences = [torch.randint(2, VOCABULARY, (length,)) for length in lengths]
     with torch.no_grad():
-        whole = model.model.forward_packed(torch.cat(sequences), PackedContext(bounds)).split(bounds.diff().tolist())
-    pages, prompt, size = Pages(caches_of(model, torch.float32), len(sequences), 133), 40, 5
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        whole = model.model.forward_packed(torch.cat(sequences), PackedContext(bounds)).split(lengths)
+    pages = Pages(caches_of(model, torch.float32), len(sequences), max(lengths))
     paged_hidden(model, pages, [sequence[:prompt] for sequence in sequences], lambda request, done: prompt)
-    for position in range(prompt, 133):
-        rows = [row for row, sequence in enumerate(sequences) if position < len(sequence)]
-        tokens_R, positions_R = torch.zeros(2, size, dtype=torch.int64).unbind(0)
-        tokens_R[: len(rows)] = torch.stack([sequences[row][position] for row in rows])
-        positions_R[: len(rows)] = position
+    graphs = Repeated(model.model.forward_packed, pages.caches)
+    for position in range(prompt, max(lengths)):
+        rows = [row for row, length in enumerate(lengths) if position < length]
         metadata = pages.metadata([1] * len(rows), [position + 1] * len(rows))
-        for name, one in metadata.items():
-            table_RB = torch.zeros(size, one.block_table_RB.shape[1], dtype=torch.int64)
-            table_RB[: len(rows)] = pages.tables[name][rows]
-            metadata[name] = dataclasses.replace(one, block_table_RB=table_RB)
+        metadata = {
+            name: dataclasses.replace(one, block_table_RB=one.block_table_RB[rows]) for name, one in metadata.items()
+        }
+        tokens_R = torch.stack([sequences[row][position] for row in rows])
         with torch.inference_mode():
-            context = DecodeContext(positions_R, metadata, pages.caches, 256)
-            hidden_RH = model.model.forward_packed(tokens_R, context)
-        assert same_bits(hidden_RH[: len(rows)], torch.stack([whole[row][position] for row in rows])), position
+            hidden_RH = graphs.run(tokens_R, torch.full((len(rows),), position), metadata)
+        assert hidden_RH is not None
+        assert same_bits(hidden_RH, torch.stack([whole[row][position] for row in rows])), position
+    assert set(graphs._graphs) == {(8, 256), (4, 256), (1, 256), (1, 512)}
+
+
+def test_steps_with_more_than_a_token_of_a_request_have_no_graph() -> None:
+    pages = Pages(caches_of(our_model(3), torch.float32), 2, 64)
+    metadata = pages.metadata([1, 2], [5, 9])
+    assert Repeated(None, pages.caches).run(torch.zeros(3), torch.zeros(3), metadata) is None  # type: ignore[arg-type]
 
 
 # --- Log-probabilities -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ order and their shapes by token are those of a step without a graph, so the bits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,10 @@ Step = Callable[[Tensor, DecodeContext], Tensor]
 class _Graph:
     """A step that was recorded, and the memory that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
     tokens_R: Tensor
     positions_R: Tensor
     metadata: dict[str, PagedMetadata]
+    replay: Callable[[], object]
     hidden_RH: Tensor
 
 
@@ -50,7 +50,7 @@ class DecodeGraphs:
         self._pool: tuple[int, int] | None = None
 
     def run(self, tokens_T: Tensor, positions_T: Tensor, metadata: dict[str, PagedMetadata]) -> Tensor | None:
-        """Hidden states `[T, hidden]`; None for a step that is none of single tokens, or is too large."""
+        """Hidden states `[T, hidden]`, until the next step; None for one that is not of single tokens, or too large."""
         group = next(iter(metadata.values()))
         count = len(group.counts_R)
         if count != group.scheduled or count > SIZES[-1]:
@@ -66,25 +66,27 @@ class DecodeGraphs:
         _fill(graph.positions_R, positions_T)
         for name, static in _groups(graph.metadata).items():
             _fill(static.block_table_RB, metadata[name].block_table_RB[:count])
-        graph.graph.replay()
+        graph.replay()
         return graph.hidden_RH[:count]
 
     def _record(self, size: int, longest: int, metadata: dict[str, PagedMetadata]) -> _Graph:
-        """A step of requests that own no pages, run once, so that its kernels are compiled, and then recorded."""
+        """A step of requests that own no pages."""
         device = next(iter(metadata.values())).block_table_RB.device
         tokens_R, positions_R = torch.zeros(2, size, dtype=torch.int64, device=device).unbind(0)
         static: dict[int, PagedMetadata] = {}
         for one in metadata.values():
             if id(one) not in static:
                 table_RB = one.block_table_RB.new_zeros(size, one.block_table_RB.shape[1])
-                static[id(one)] = PagedMetadata(
-                    one.query_start_R, one.counts_R, one.seq_lens_R, table_RB, one.block_size
-                )
+                static[id(one)] = replace(one, block_table_RB=table_RB)
         named = {name: static[id(one)] for name, one in metadata.items()}
 
         def step() -> Tensor:
             return self._step(tokens_R, DecodeContext(positions_R, named, self._caches, longest))
 
+        return _Graph(tokens_R, positions_R, named, *self._capture(step, device))
+
+    def _capture(self, step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
+        """A step run once, so that its kernels are compiled, and then recorded; how to repeat it, and its result."""
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -96,7 +98,7 @@ class DecodeGraphs:
         # Other threads of the process may allocate meanwhile: theirs is not recorded, and must not fail.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden_RH = step()
-        return _Graph(graph, tokens_R, positions_R, named, hidden_RH)
+        return graph.replay, hidden_RH
 
 
 def _groups(metadata: dict[str, PagedMetadata]) -> dict[str, PagedMetadata]:

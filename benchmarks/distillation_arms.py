@@ -22,6 +22,7 @@ from posttrain.stages.grpo import draw, prompts_of
 from posttrain.stages.merge import merge
 from posttrain.stages.opd import opd_job
 from posttrain.stages.scoring import DomainRewards
+from posttrain.stages.serving import Served
 from posttrain.stages.warm_start import expert_rows
 from posttrain.stages.work import Work, wait
 from posttrain.trainers.generation import derive_seed
@@ -207,9 +208,9 @@ def task_arithmetic(comparison: Comparison, name: str) -> Path:
     work, found = comparison.work, {}
     for scale in SCALES:
         path = _merged(comparison, f"{name}-{scale:g}", scale)
+        served, model = Served(work, path), f"{STAGE}/{name}-{scale:g}"
         found[scale] = fmean(
-            measure(work, f"{STAGE}/{name}-{scale:g}", path, domain, "selection", _selection(work, domain))
-            for domain in comparison.experts
+            measure(served, model, domain, "selection", _selection(work, domain)) for domain in comparison.experts
         )
     best = max(found, key=lambda scale: found[scale])
     comparison.notes |= {"scale": best, "selection": {f"{scale:g}": value for scale, value in found.items()}}

@@ -89,8 +89,10 @@ def main() -> None:
 def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Every variant with every seed; runs that `file` has are not run again."""
     settings = {name: str(getattr(arguments, name)) for name in ("recipe", "domain", "warmup", "steps", "prompts")}
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    results = known if known.get("settings") == settings else {"schema": 1, "settings": settings, "runs": []}
+    known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    results: dict[str, Any] = (
+        known if known.get("settings") == settings else {"schema": 1, "settings": settings, "runs": []}
+    )
     results["environment"] = describe_environment()
     changes = ["cluster.rollout_workers=1", "cluster.trainers=1", "cluster.dashboard=false"]
     recipe = load_recipe(arguments.recipe, [*changes, f"stages.base.steps={arguments.warmup}"])

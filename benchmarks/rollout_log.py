@@ -13,6 +13,7 @@ import os
 import random
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,13 @@ def alone(directory: Path, mean_length: int, steps: int) -> dict[str, Any]:
                 request = SampleRequest(
                     f"expert/letters/grpo/{next(numbers)}#0", [1] * PROMPT, [], Sampling(1 << 20), 7
                 )
-                opened += seconds(lambda request=request: writer.open(request))
+                opened += seconds(partial(writer.open, request))
                 running[request.id] = 0
             step = [
                 NewTokens(name, at, [at], [-0.5], 1, "stop" if source.random() < 1 / mean_length else None)
                 for name, at in running.items()
             ]
-            times.append(seconds(lambda step=step: writer.append(step)))
+            times.append(seconds(partial(writer.append, step)))
             running = {new.id: new.position + 1 for new in step if new.finish_reason is None}
     size, tokens = sum(path.stat().st_size for path in place.iterdir()), steps * REQUESTS
     recovery = seconds(lambda: recover(place))
@@ -135,11 +136,11 @@ def sample(engine: Engine, writer: LogWriter | None, number: int, new: int) -> f
         request = SampleRequest(f"{number}/{row}#0", prompt, [], Sampling(new), row)
         engine.add(request)
         if writer is not None:
-            spent += seconds(lambda request=request: writer.open(request))
+            spent += seconds(partial(writer.open, request))
     while engine.busy:
         step: Sequence[NewTokens] = engine.step()
         if writer is not None:
-            spent += seconds(lambda step=step: writer.append(step))
+            spent += seconds(partial(writer.append, step))
     if writer is not None:
         spent += seconds(writer.sync)
     return spent

@@ -29,17 +29,18 @@ def stage(rate: float, optimizer: str = "muon", **options: Any) -> dict[str, Any
     return {"optimizer": {"name": optimizer, "lr": rate, **schedule}, **options}
 
 
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "router frozen": {"freeze_router": True},
+    "routed 1 ahead": {"anticipatory_routing": 1},
+    "routed 8 ahead": {"anticipatory_routing": 8},
+}
 COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
     "optimizers": {f"{name} {rate:g}": stage(rate, name) for name in ("adamw", "muon") for rate in RATES},
     "routing": {
         f"{name}, rate {rate:g}": stage(rate, **options)
         for rate in (4e-3, 1.6e-2, 6.4e-2)
-        for name, options in {
-            "as it is": {},
-            "router frozen": {"freeze_router": True},
-            "routed 1 ahead": {"anticipatory_routing": 1},
-            "routed 8 ahead": {"anticipatory_routing": 8},
-        }.items()
+        for name, options in ROUTINGS.items()
     },
 }
 
@@ -66,8 +67,10 @@ def main() -> None:
 def compare(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     """All runs, seed after seed; those that `file` has are not run again."""
     settings = {name: str(getattr(arguments, name)) for name in ("recipe", "domain", "steps", "batch")}
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    results = known if known.get("settings") == settings else {"schema": 1, "settings": settings, "runs": []}
+    known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    results: dict[str, Any] = (
+        known if known.get("settings") == settings else {"schema": 1, "settings": settings, "runs": []}
+    )
     results["environment"] = describe_environment()
     setting, started = Setting.load(arguments.recipe, [arguments.domain]), time.monotonic()
     variants = COMPARISONS[arguments.comparison]

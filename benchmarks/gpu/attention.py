@@ -88,7 +88,7 @@ def timed(tokens: int, repeats: int = 20) -> dict[str, Any]:
         return torch.autograd.grad(out, inputs, slope, retain_graph=True)
 
     ahead, back = seconds(plain, repeats), seconds(gradients, repeats)
-    found = {
+    found: dict[str, Any] = {
         "tokens": tokens,
         "common_with_token_before": overlap(sources[1][1]),
         "forward_seconds": ahead,

@@ -166,9 +166,9 @@ def main(arguments: list[str]) -> None:
         if options.one.startswith("ours"):
             with_engine_environment()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads it when the engine begins
-        results = one(options.one, options.size, options.quick)
+        results: dict[str, Any] = one(options.one, options.size, options.quick)
     else:
-        results: dict[str, Any] = {"size": options.size}
+        results = {"size": options.size}
         for which in options.engines.split(","):
             results[which] = run_alone(which, options.size, options.quick)
             print(f"{which}: {json.dumps(results[which])}", file=sys.stderr, flush=True)

@@ -118,7 +118,7 @@ def measure_scores(tokens: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     pairs = {"all entries": (candidates, int(candidates.count_T.sum())), "chosen rows": (rows_TK, rows_TK.numel())}
     for name, (which, entries) in pairs.items():
-        out_TE = kernels.index_scores(*leaves, which)
+        out_TE = kernels.index_scores(leaves[0], leaves[1], leaves[2], which)
         slopes_TE = torch.randn_like(out_TE).masked_fill(out_TE.isinf(), 0)
         once = 2 * HEADS * DIM * entries
         there = seconds(lambda which=which: kernels.index_scores(q, weights, keys, which), 7, 2)  # type: ignore[misc]

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from posttrain.kernels.mhc import oracle
 from posttrain.kernels.mhc import triton as mhc
 
 STREAMS, HIDDEN = 4, 4096
-PRE = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
+PRE: dict[str, Any] = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 HEAD = {"eps": 1e-6, "norm_eps": 1e-6}
 
 UNITS = {"pre": (4 + 1, 4 + 1 + 4), "head": (4 + 1, 4 + 1 + 4), "post": (4 + 1 + 4, 4 + 4 + 1 + 4 + 1)}
@@ -188,8 +189,8 @@ def decode(tokens: int) -> dict[str, float]:
     with torch.no_grad():
         for name in ("pre", "post"):
             op, inputs = op_of(name, kernels), inputs_of(name, tokens)
-            found[f"{name}_seconds"] = seconds(lambda op=op, inputs=inputs: op(*inputs))
-            found[f"{name}_python_seconds"] = launch_seconds(lambda op=op, inputs=inputs: op(*inputs))
+            found[f"{name}_seconds"] = seconds(partial(op, *inputs))
+            found[f"{name}_python_seconds"] = launch_seconds(partial(op, *inputs))
     return found
 
 

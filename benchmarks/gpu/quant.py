@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,21 +31,21 @@ def measure(quick: bool) -> dict[str, Any]:
         name, item = str(dtype).removeprefix("torch."), ITEM[dtype]
         weights = torch.randn(experts, 2 * INNER, HIDDEN, device="cuda", dtype=dtype)
         results[f"fake_quantize_mxfp4/w13[{experts}]/{name}"] = _entry(
-            lambda x=weights: op.fake_quantize_mxfp4(x), weights.numel(), 2 * item
+            partial(op.fake_quantize_mxfp4, weights), weights.numel(), 2 * item
         ) | _peer(lambda x: oracle.fake_quantize(x.float().view(-1, HIDDEN), 1, 32, E2M1), weights[:8])
         results[f"fake_quantize_fp8/w13[{experts}]/{name}"] = _entry(
-            lambda x=weights: op.fake_quantize_fp8(x), weights.numel(), 2 * item
+            partial(op.fake_quantize_fp8, weights), weights.numel(), 2 * item
         ) | _peer(lambda x: oracle.fake_quantize(x.float(), 128, 128, E4M3), weights[:8])
         results[f"quantize_mxfp4/w13[{experts}]/{name}"] = _entry(
-            lambda x=weights: op.quantize_mxfp4(x), weights.numel(), item + 0.5 + 1 / 32
+            partial(op.quantize_mxfp4, weights), weights.numel(), item + 0.5 + 1 / 32
         )
-        packed = op.quantize_mxfp4(weights)
+        packed, scales = op.quantize_mxfp4(weights)
         results[f"dequantize_mxfp4/w13[{experts}]/{name}"] = _entry(
-            lambda q=packed, d=dtype: op.dequantize_mxfp4(*q, d), weights.numel(), item + 0.5 + 1 / 32
+            partial(op.dequantize_mxfp4, packed, scales, dtype), weights.numel(), item + 0.5 + 1 / 32
         )
         activations = torch.randn(tokens, HIDDEN, device="cuda", dtype=dtype)
         results[f"quantize_fp8/activations[{tokens}]/{name}"] = _entry(
-            lambda x=activations: op.quantize_fp8(x, "activation"), activations.numel(), item + 1 + 1 / 128
+            partial(op.quantize_fp8, activations, "activation"), activations.numel(), item + 1 + 1 / 128
         )
     small = torch.randn(1, 2 * INNER, HIDDEN, device="cuda")
     packed = op.quantize_mxfp4(small)

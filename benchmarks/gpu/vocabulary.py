@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,7 +112,8 @@ def errors(run: Run, inputs: Inputs, beta: float) -> dict[str, float]:
         value_N = run(*few)[0].double()
     double = [few[0].double().requires_grad_(), few[1].double().requires_grad_()]
     log_q_NV = oracle.log_softmax(few[2].double(), few[3].double(), 1.0)
-    expected_N = oracle.divergence(oracle.log_softmax(*double, 1.0), log_q_NV, beta)
+    log_p_NV = oracle.log_softmax(double[0], double[1], 1.0)
+    expected_N = oracle.divergence(log_p_NV, log_q_NV, beta)
     expected_N.mean().backward()
     expected_N = expected_N.detach()
     return {
@@ -136,7 +138,9 @@ def measure_divergence(kind: DivergenceKind, inputs: Inputs, trl: ModuleType | N
     }
     with torch.no_grad():
         found["linear_divergence, forward"] = cost(lambda: ours(*inputs), 2, tokens, quick)
-    found["divergence_gradients"] = cost(lambda: divergence_gradients(kind, *inputs, weights_N), 4, tokens, quick)
+    student_NH, head_VH, teacher_NG, teacher_head_VG = inputs
+    at_once = partial(divergence_gradients, kind, student_NH, head_VH, teacher_NG, teacher_head_VG, weights_N)
+    found["divergence_gradients"] = cost(at_once, 4, tokens, quick)
     if trl is not None:
 
         def theirs(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +176,7 @@ def measure_logprob(inputs: Inputs, trl: ModuleType | None, quick: bool) -> dict
         found: dict[str, Any] = {"forward": cost(lambda: ours(hidden_NH, head_VH), 1, tokens, quick)}
         whole = ours(hidden_NH, head_VH)
         for few in (1, 64, 256):
-            time = seconds(lambda few=few: ours(hidden_NH[:few], head_VH), repeats=10, warm_up=2)
+            time = seconds(partial(ours, hidden_NH[:few], head_VH), repeats=10, warm_up=2)
             bandwidth = head_VH.numel() * head_VH.element_size() / time
             equal = all(torch.equal(a, b[:few]) for a, b in zip(ours(hidden_NH[:few], head_VH), whole, strict=True))
             found[f"forward of {few}"] = {

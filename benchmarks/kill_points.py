@@ -47,6 +47,8 @@ SHARES = {
     "everything": 0.1,
 }
 """Of the kills; actors by their classes."""
+EARLY = 0.2
+"""The share of lives that may end before the run samples again: until then there is little but a driver to kill."""
 DELAY_SECONDS = 1.5
 """At most, from a step to the kill that it is the moment of: steps are not all that a run does."""
 GONE_SECONDS = 180.0
@@ -109,12 +111,12 @@ def disturb(output: Path, recipe: Path, moments: list[int], chance: random.Rando
     """
     killed: Counter[str] = Counter()
     driver, resumes = Driver(output, "disturbed", recipe), 0
-    left = list(moments)
+    left, early = list(moments), True
     while (code := driver.process.poll()) != 0:
         if code is not None:
             driver.wait_until_gone()
-            driver, resumes = Driver(output, "disturbed"), resumes + 1
-        if left and len(losses(driver.run)) >= left[0]:
+            driver, resumes, early = Driver(output, "disturbed"), resumes + 1, chance.random() < EARLY
+        if left and len(losses(driver.run)) >= left[0] and (early or driver.victims("RolloutWorker")):
             time.sleep(chance.uniform(0, DELAY_SECONDS))
             (kind,) = chance.choices(list(SHARES), list(SHARES.values()))
             if driver.kill(kind, chance):
@@ -144,19 +146,23 @@ class Driver:
 
     def kill(self, kind: str, chance: random.Random) -> bool:
         """Kill something of this kind; False when there is none now."""
-        with suppress(psutil.NoSuchProcess):
-            self._known = set(psutil.Process(self.process.pid).children(recursive=True))
-        if kind == "driver":
-            victims = [self.process.pid]
-        elif kind == "everything":
-            victims = [self.process.pid, *(child.pid for child in self._known)]
-        else:
-            named = [child.pid for child in self._known if is_actor(child, kind)]
-            victims = [chance.choice(named)] if named else []
+        victims = self.victims(kind)
+        if victims and kind != "everything":
+            victims = [chance.choice(victims)]
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
         return bool(victims)
+
+    def victims(self, kind: str) -> list[int]:
+        """The processes of a kind."""
+        with suppress(psutil.NoSuchProcess):
+            self._known = set(psutil.Process(self.process.pid).children(recursive=True))
+        if kind == "driver":
+            return [self.process.pid]
+        if kind == "everything":
+            return [self.process.pid, *(child.pid for child in self._known)]
+        return [child.pid for child in self._known if is_actor(child, kind)]
 
     def wait_until_gone(self) -> None:
         """Wait for the end of what a driver that was killed had started."""

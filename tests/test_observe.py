@@ -329,6 +329,27 @@ def test_following_a_busy_run_takes_little_processor_time(tmp_path: Path, capsys
     assert spent < 0.01 * 2.0 + 0.01, "1 % of one core, and 10 ms for the start"
 
 
+def test_what_costs_much_is_done_less_often() -> None:
+    calls = {"cheap": 0, "dear": 0}
+
+    def cheap() -> None:
+        calls["cheap"] += 1
+
+    def dear() -> None:
+        calls["dear"] += 1
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+
+    threads = [Periodic(do.__name__, 0.05, do, share=0.005) for do in (cheap, dear)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    for thread in threads:
+        thread.stop()
+    assert calls["dear"] == 1 and calls["cheap"] > 5  # 10 ms are half a percent of two seconds
+
+
 # --- resources
 
 HOLD = "import sys, time; block = bytearray(int(sys.argv[1]) << 20); block[::4096] = b'x' * len(block[::4096]); "

@@ -25,6 +25,8 @@ PSS_SECONDS = 15.0
 """PSS is read from the kernel's page tables (milliseconds a process), so it is taken this often..."""
 PSS_GROWTH = 1.05
 """...and whenever the summed RSS passes its largest value at a PSS reading by this factor."""
+SHARE = 0.005
+"""Of a core, that sampling may take: half a percent."""
 
 ProcessKey = tuple[int, int]
 """(pid, start time in clock ticks): the kernel uses pids again."""
@@ -41,7 +43,7 @@ class ProcessSample:
 
 
 class ResourceMonitor:
-    """Samples the process tree under `root_pid` every `seconds` from a thread, as a context manager.
+    """Samples the process tree under `root_pid` every `seconds`, or less often, from a thread, as a context manager.
 
     `peak_bytes` is the largest *summed RSS* (resident set sizes added up): pages that several processes share, such as
     the object store's or a forked interpreter's, count once for each, so it never reads too low. `peak_pss_bytes` is
@@ -63,7 +65,7 @@ class ResourceMonitor:
         self._pss_bytes = 0
         self._rss_at_pss = 0
         self._next_pss = 0.0
-        self._thread = Periodic("resource-monitor", seconds, self.sample)
+        self._thread = Periodic("resource-monitor", seconds, self.sample, share=SHARE)
 
     @property
     def cpu_seconds(self) -> float:

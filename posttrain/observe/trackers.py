@@ -97,7 +97,10 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """See `Tracker`."""
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # ends its process, before a run that cleans up does and wandb complains
 
 
 TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WeightsAndBiases}

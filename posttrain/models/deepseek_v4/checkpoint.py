@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ def read_config(directory: Path) -> DeepseekV4Config:
     return config
 
 
+@lru_cache(maxsize=1 << 17)  # teachers come and go, and have the same names
 def _released_name(name: str) -> str:
     if name.startswith("model."):
         name = name.removeprefix("model.")

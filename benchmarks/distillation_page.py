@@ -93,6 +93,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    colours = dict(zip(by_arm(results), (*(f"C{number}" for number in range(10)), "black"), strict=False))
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5))
     _plot_accuracy(results, axes[0][0])
     panels = (
@@ -102,15 +103,14 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
         (axes[1][1], "samples", "completion_length", "tokens of an answer"),
     )
     for axis, over, metric, title in panels:
-        for number, (arm, runs) in enumerate(by_arm(results).items()):
+        for arm, runs in by_arm(results).items():
             for run in runs:
                 points = curve(run, over, metric)
                 if points:
-                    axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", linewidth=0.9, alpha=0.8, label=arm)
+                    axis.plot(*zip(*points, strict=True), color=colours[arm], linewidth=0.9, alpha=0.8, label=arm)
         axis.set(title=title, xlabel=over)
     axes[1][0].set_yscale("log")
-    handles = {arm: f"C{number % 10}" for number, arm in enumerate(by_arm(results))}
-    for arm, colour in handles.items():
+    for arm, colour in colours.items():
         axes[1][2].plot([], [], color=colour, label=arm)
     axes[1][2].legend(loc="center", frameon=False)
     axes[1][2].axis("off")

@@ -21,7 +21,7 @@ from posttrain.observe.periodic import Periodic
 PROC = Path("/proc")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-PSS_SECONDS = 15.0
+PSS_SECONDS = 60.0
 """PSS is read from the kernel's page tables (milliseconds a process), so it is taken this often..."""
 PSS_GROWTH = 1.05
 """...and whenever the summed RSS passes its largest value at a PSS reading by this factor."""

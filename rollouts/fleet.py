@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
 from posttrain.files import atomic_write
-from posttrain.placement import inside
+from posttrain.placement import ACTOR_CPUS, inside
 from rollouts.log.format import next_incarnation
 from rollouts.log.writer import LogFailed
 from rollouts.scheduler import Lane, in_lane
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
-WORKER_CPUS = 0.01
-"""What a worker claims of Ray's CPUs: its threads are `cluster.threads`, and on a small machine all actors share."""
 WORKER_CALLS = 8
 """Calls that a worker can answer at once, most of which wait for its engine's thread."""
 POLL_SECONDS = 0.25
@@ -152,7 +150,7 @@ class Fleet:
         self._stuck_seconds = stuck_seconds
         self._actor = ray.remote(RolloutWorker)
         self._options = {
-            "num_cpus": WORKER_CPUS,
+            "num_cpus": ACTOR_CPUS,
             "num_gpus": gpus_per_worker,
             "scheduling_strategy": "SPREAD",
             "max_restarts": 0,

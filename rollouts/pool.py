@@ -15,14 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.actors import describe_death
 from posttrain.errors import BadInput, RunFailed
+from posttrain.placement import ACTOR_CPUS
 from rollouts.client import RolloutClient
 from rollouts.fleet import own_error
 from rollouts.service import RolloutService, ServiceSettings, ServiceStats
 from rollouts.settings import EngineInfo, EngineSettings, engine_environment
 
 __all__ = ["RolloutClient", "RolloutPool"]
-
-SERVICE_CPUS = 0.01
 
 
 class RolloutPool:
@@ -59,7 +58,7 @@ class RolloutPool:
         self._service = (
             ray.remote(RolloutService)
             .options(
-                num_cpus=SERVICE_CPUS,
+                num_cpus=ACTOR_CPUS,
                 max_restarts=-1,
                 # Its log and lock are here.
                 scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),

@@ -16,7 +16,8 @@ from posttrain.files import atomic_write
 
 FAMILIES = (
     *("attention", "indexer", "moe", "mhc", "vocabulary", "dense", "newton_schulz", "quant"),
-    *("train_step", "teacher_swap"),
+    "train_step",
+    "teacher_swap",
 )
 
 

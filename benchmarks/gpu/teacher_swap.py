@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.engines import Place, random_model
 from benchmarks.gpu.train_step import slice_config
 from distill.model_cache import Device, bytes_in_memory
 from distill.store import TeacherWork
@@ -33,27 +34,11 @@ COPIED = 1 << 30
 
 def write_teachers(directory: Path, count: int) -> list[str]:
     """Random checkpoints in bf16."""
-    from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
-    from posttrain.models.deepseek_v4.checkpoint import FLOAT32
-
     config = slice_config()
     config.n_routed_experts, config.precision = EXPERTS, "bf16"
-    with torch.device("meta"):
-        model = DeepseekV4ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if not FLOAT32.search(name):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    model.to_empty(device="cuda")
-    paths = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            parameter.data.fill_(1) if "norm" in name else parameter.data.normal_(0, 0.02)
-        for buffer in model.buffers():
-            buffer.zero_()
-        model.save_pretrained(directory / str(seed))
-        paths.append(str(directory / str(seed)))
-    model.to("meta")
+    paths = [str(directory / str(seed)) for seed in range(count)]
+    for seed, path in enumerate(paths):
+        random_model(config, Place(), seed).save_pretrained(path)
     torch.cuda.empty_cache()
     return paths
 

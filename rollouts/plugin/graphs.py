@@ -31,7 +31,8 @@ class _Graph:
 
     tokens_R: Tensor
     positions_R: Tensor
-    metadata: dict[str, PagedMetadata]
+    tables_RB: dict[str, Tensor]
+    """The pages of each group of caches, under the name of one of them."""
     replay: Callable[[], object]
     hidden_RH: Tensor
 
@@ -64,8 +65,8 @@ class DecodeGraphs:
         graph = self._graphs[size, longest]
         _fill(graph.tokens_R, tokens_T)
         _fill(graph.positions_R, positions_T)
-        for name, static in _groups(graph.metadata).items():
-            _fill(static.block_table_RB, metadata[name].block_table_RB[:count])
+        for name, table_RB in graph.tables_RB.items():
+            _fill(table_RB, metadata[name].block_table_RB[:count])
         graph.replay()
         return graph.hidden_RH[:count]
 
@@ -73,17 +74,18 @@ class DecodeGraphs:
         """A step of requests that own no pages."""
         device = next(iter(metadata.values())).block_table_RB.device
         tokens_R, positions_R = torch.zeros(2, size, dtype=torch.int64, device=device).unbind(0)
+        tables_RB: dict[str, Tensor] = {}
         static: dict[int, PagedMetadata] = {}
-        for one in metadata.values():
-            if id(one) not in static:
-                table_RB = one.block_table_RB.new_zeros(size, one.block_table_RB.shape[1])
-                static[id(one)] = replace(one, block_table_RB=table_RB)
+        for name, one in metadata.items():
+            if id(one) not in static:  # the caches of a group share it
+                tables_RB[name] = one.block_table_RB.new_zeros(size, one.block_table_RB.shape[1])
+                static[id(one)] = replace(one, block_table_RB=tables_RB[name])
         named = {name: static[id(one)] for name, one in metadata.items()}
 
         def step() -> Tensor:
             return self._step(tokens_R, DecodeContext(positions_R, named, self._caches, longest))
 
-        return _Graph(tokens_R, positions_R, named, *self._capture(step, device))
+        return _Graph(tokens_R, positions_R, tables_RB, *self._capture(step, device))
 
     def _capture(self, step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
         """A step run once, so that its kernels are compiled, and then recorded; how to repeat it, and its result."""
@@ -99,14 +101,6 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden_RH = step()
         return graph.replay, hidden_RH
-
-
-def _groups(metadata: dict[str, PagedMetadata]) -> dict[str, PagedMetadata]:
-    """One cache's name for each group of caches with the same pages."""
-    found: dict[int, str] = {}
-    for name, one in metadata.items():
-        found.setdefault(id(one), name)
-    return {name: metadata[name] for name in found.values()}
 
 
 def _fill(static: Tensor, values: Tensor) -> None:

@@ -66,8 +66,8 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         if not isinstance(metadata, dict):  # Profiling before the caches exist: sequences of their own.
             starts = torch.arange(0, len(tokens_T) + self.longest, self.longest, device=tokens_T.device)
             return self.model.forward_packed(tokens_T, PackedContext(starts.clamp(max=len(tokens_T))))
-        watched = any(gate._forward_hooks for gate in self.gates)  # for their routes, as Python runs them
-        if self.graphs is not None and not watched:
+        # Gates that are watched for their routes are run by Python.
+        if self.graphs is not None and not any(gate._forward_hooks for gate in self.gates):
             decoded = self.graphs.run(tokens_T, positions, metadata)
             if decoded is not None:
                 return decoded

@@ -109,7 +109,11 @@ class ModelCache:
     def _load(self, checkpoint: str, path: Path) -> PreTrainedModel:
         try:
             self._make_room(bytes_in_memory(self.family, path))
-            return load_model(self.family, path).eval().requires_grad_(False)
+            model = load_model(self.family, path).eval().requires_grad_(False)
+            for module in model.modules():
+                if hasattr(module, "round_masters"):  # V4's experts, once instead of in every forward pass
+                    module.round_masters()
+            return model
         except BadInput:
             raise
         except Exception as error:  # each library and format has errors of its own for files that it cannot read
@@ -201,11 +205,12 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 def bytes_in_memory(family: str, path: Path) -> int:
     """What the parameters of a checkpoint will take once loaded, from the headers of its files.
 
-    As `load_model` does it: V4 in its own precision (matrices of `precision: bf16` in 2 bytes), others in fp32.
+    As `load_model` does it: V4 in its own precision (of bf16 matrices, 2 bytes a number), others in fp32.
     """
     itemsize = 4
     if family == "deepseek_v4" and (path / "config.json").is_file():
-        itemsize = 2 if json.loads((path / "config.json").read_text()).get("precision") == "bf16" else 4
+        precision = json.loads((path / "config.json").read_text()).get("precision") or ""
+        itemsize = 2 if precision.startswith("bf16") else 4
     count = 0
     for file_path in path.glob("*.safetensors"):
         with safe_open(file_path, framework="numpy") as file:

@@ -96,12 +96,7 @@ class NativeWeights:
 
     def audit(self) -> list[str]:
         """See `StandingWeights`."""
-
-        def audited(model: torch.nn.Module) -> list[str]:
-            _forget_derived(model)
-            return _differing(model, self._standing)
-
-        changed = self._on_model(audited)
+        changed = self._on_model(lambda model: _differing(model, self._standing))
         if changed:
             self._sent = {}
         return changed
@@ -141,13 +136,6 @@ def load_native(
 
 def _differing(model: torch.nn.Module, expected: Mapping[str, str]) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if checksum_of(tensor) != expected[name]]
-
-
-def _forget_derived(model: torch.nn.Module) -> None:
-    """Have what our layers compute from the weights and keep computed again: it is no weight, yet tokens meet it."""
-    for module in model.modules():
-        if hasattr(module, "forget_rounded"):
-            module.forget_rounded()
 
 
 def standing_weights(llm: LLM, kind: EngineKind, description: str | Path) -> StandingWeights:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DeepseekV4Config
 
+from posttrain.kernels.quant.op import unpack_rows_mxfp4
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import read_config, released_tensors
 from posttrain.models.deepseek_v4.config import fp4_experts
@@ -60,10 +61,11 @@ class ReleasedLoader:
         self._config = read_config(description)
         with torch.device("meta"):
             model = DeepseekV4ForCausalLM(self._config)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.engine_state_dict().items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def __call__(self, llm: LLM, weights: Mapping[str, torch.Tensor]) -> Loaded:
         """See `rollouts.vllm_weights.load_vllm`."""
+        weights = unpacked(weights)
         check_coverage(self._shapes, set(), {name: tuple(tensor.shape) for name, tensor in weights.items()})
         released = dict(released_weights(weights, self._config, self._kind))
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(released.items())})
@@ -74,6 +76,13 @@ class ReleasedLoader:
 
         result, places = llm.apply_model(finish)[0]
         return result.accepted(), places
+
+
+def unpacked(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts that trainers of `fp4_experts` send packed, as the numbers that they stand for."""
+    return {
+        name: unpack_rows_mxfp4(tensor) if tensor.dtype is torch.uint8 else tensor for name, tensor in weights.items()
+    }
 
 
 def released_weights(

@@ -18,19 +18,22 @@ from transformers import FineGrainedFP8Config
 from typer.testing import CliRunner
 
 from posttrain.cli import app
-from posttrain.kernels.quant.op import fake_quantize_mxfp4
+from posttrain.kernels.quant.op import fake_quantize_mxfp4, unpack_rows_mxfp4
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, checkpoint, make_config
-from posttrain.models.deepseek_v4.checkpoint import CheckpointError
+from posttrain.models.deepseek_v4.checkpoint import CheckpointError, iterate_tensors, load_into
 from posttrain.models.deepseek_v4.export import engine_obstacles, export_checkpoint
+from posttrain.models.deepseek_v4.model import DeepseekV4Model
 from posttrain.models.deepseek_v4.presets import HEAVY, SPARSE
 from posttrain.recipe.schema import ModelConfig, Recipe, RolloutConfig
 from posttrain.recipe.stages import OptimizerConfig, SftStage
+from posttrain.trainers.models import load_model, publishable_weights
 from posttrain.trainers.progress import Progress
 from posttrain.trainers.sft import train_sft
 from rollouts.plugin.config import PosttrainDeepseekV4Config, engine_fields
 from rollouts.pool import RolloutClient, RolloutPool
 from rollouts.settings import engine_settings, write_description
 from rollouts.types import Sampling
+from rollouts.vllm_deepseek_v4 import unpacked
 from tests import trainers_kit
 from tests.test_native_engine import BOUND, prompts, trainer_logprobs
 from tests.test_trainers_sft import row
@@ -80,17 +83,50 @@ def test_an_sft_step_moves_the_master_weights_and_the_loss_falls() -> None:
         assert not torch.equal(new, fake_quantize_mxfp4(new)), "masters are not rounded themselves"
 
 
-def test_an_engines_copy_follows_its_weights() -> None:
-    model = our_model(0, **QAT).requires_grad_(False)
-    experts = model.model.layers[1].ffn.experts
-    with torch.inference_mode():
-        first = experts.matrices()[0]
-        assert experts.matrices()[0] is first, "rounded once"
-        model.state_dict()["model.layers.1.ffn.experts.w13"].copy_(torch.ones_like(first))
-        assert torch.equal(experts.matrices()[0], torch.ones_like(first))
-    experts.w13.data = 2 * torch.ones_like(experts.w13)
-    with torch.inference_mode():
-        assert torch.equal(experts.matrices()[0], 2 * torch.ones_like(first))
+@pytest.mark.parametrize(("precision", "dtype"), [("fp4_experts", torch.float32), ("bf16_fp4_experts", torch.bfloat16)])
+def test_engines_are_sent_what_tokens_meet_in_little_more_than_half_a_byte(
+    precision: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    our_model(0, precision=precision).save_pretrained(tmp_path)
+    model = load_model("deepseek_v4", tmp_path)
+    weights = publishable_weights(model)
+    for number, layer in enumerate(model.model.layers):
+        assert layer.ffn.experts.w13.dtype is dtype
+        for name, matrix in zip(("w13", "w2"), layer.ffn.experts.matrices(), strict=True):
+            sent = torch.from_numpy(weights[f"model.layers.{number}.ffn.experts.{name}"])
+            assert torch.equal(unpack_rows_mxfp4(sent, dtype), matrix)
+            assert sent.nbytes == matrix.numel() * 17 / 32
+
+
+def test_a_sampler_that_reads_a_checkpoint_holds_what_a_trainer_would_send(tmp_path: Path) -> None:
+    model = our_model(0, **QAT)
+    model.save_pretrained(tmp_path)
+    held = {f"model.{name}": tensor for name, tensor in DeepseekV4Model(model.config, packed=True).state_dict().items()}
+    held["lm_head.weight"] = torch.zeros_like(model.lm_head.weight)
+    load_into(held, iterate_tensors(tmp_path), "test")
+    sent = model.engine_state_dict()
+    assert held.keys() == sent.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in sent.items())
+
+
+def test_vllms_own_model_is_given_the_numbers_that_packed_experts_stand_for() -> None:
+    model = our_model(0, **QAT)
+    weights = unpacked(model.engine_state_dict())
+    assert {name: tensor.shape for name, tensor in weights.items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    found = [weights[f"model.layers.{layer}.ffn.experts.{name}"] for layer in range(4) for name in ("w13", "w2")]
+    assert equal(found, expert_matrices(model))
+
+
+def test_a_model_that_nobody_trains_is_rounded_once() -> None:
+    model, frozen = our_model(0, **QAT), our_model(0, **QAT)
+    for layer in frozen.model.layers:
+        layer.ffn.experts.round_masters()
+    assert equal(masters(frozen), expert_matrices(model))
+    assert equal(expert_matrices(frozen), expert_matrices(model))
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    assert torch.equal(frozen(tokens).logits, model(tokens).logits)
 
 
 @pytest.fixture(scope="module")

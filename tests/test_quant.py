@@ -160,6 +160,17 @@ def test_the_first_of_two_numbers_is_in_the_low_half_of_a_byte() -> None:
     assert op.unpack_fp4(torch.tensor([0xA3], dtype=torch.uint8)).tolist() == [0x3, 0xA]
 
 
+def test_a_packed_row_has_its_codes_and_then_its_scales() -> None:
+    x = torch.randn(2, 3, 96)
+    rows, (packed, scales) = op.pack_rows_mxfp4(x), op.quantize_mxfp4(x)
+    assert rows.shape == (2, 3, op.packed_bytes(96)) == (2, 3, 51)
+    assert op.packed_numbers(51) == 96
+    assert torch.equal(rows[..., :48], packed)
+    assert torch.equal(rows[..., 48:], scales)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(op.unpack_rows_mxfp4(rows, dtype), op.fake_quantize_mxfp4(x).to(dtype))
+
+
 def test_leading_dimensions_are_kept() -> None:
     x = torch.randn(2, 3, 130, 64)
     assert [list(one.shape) for one in op.quantize_mxfp4(x)] == [[2, 3, 130, 32], [2, 3, 130, 2]]
@@ -228,6 +239,11 @@ def byte(*shape: int) -> Tensor:
         ),
         (lambda: op.mxfp4_to_fp8(byte(32), byte(2)), "mxfp4_to_fp8: packed has shape"),
         (lambda: op.pack_fp4(byte(3)), "pack_fp4: codes"),
+        (
+            lambda: op.unpack_rows_mxfp4(byte(2, 16)),
+            r"rows is torch.uint8 \[2, 16\]; expected uint8 \[..., K / 2 \+ K / 32\]",
+        ),
+        (lambda: op.unpack_rows_mxfp4(byte(2, 17).float()), "rows is torch.float32"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(call: Callable[[], object], message: str) -> None:

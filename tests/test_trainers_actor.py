@@ -133,7 +133,7 @@ def test_published_weights_are_the_models_under_their_names() -> None:
 
 def test_a_model_may_name_its_weights_for_the_engine() -> None:
     model = tiny_model(0)
-    model.engine_state_dict = lambda: {"embed": model.model.embed_tokens.weight}
+    model.engine_state_dict = lambda state: {"embed": model.model.embed_tokens.weight}
     assert list(publishable_weights(model)) == ["embed"]
 
 

@@ -13,7 +13,8 @@ from posttrain.kernels.moe import oracle
 from posttrain.kernels.moe import triton as moe
 from posttrain.kernels.moe.triton_plan import make_plan
 from posttrain.kernels.moe.triton_route import router_logits
-from tests.triton_kit import DEVICE, assert_agrees, assert_close, normal, running
+from posttrain.kernels.quant.op import pack_rows_mxfp4, unpack_rows_mxfp4
+from tests.triton_kit import BOUNDS, DEVICE, assert_agrees, assert_close, normal, running
 
 seeds = st.integers(0, 2**31)
 rows = st.integers(0, 40)
@@ -68,6 +69,29 @@ def test_experts_agree_where_one_has_more_rows_than_a_tile_and_others_have_none(
 def test_experts_agree_at_sizes_that_the_copy_engine_reads() -> None:
     torch.manual_seed(0)
     agree(70, choose(70, 2, 3), (3, 128, 64), 10.0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner"),
+    [(1, 32, 32), (9, 96, 64), (70, 128, 256), (150, 160, 96)],  # 2 and 5 steps of 64, the last of half, among them
+)
+def test_packed_experts_give_the_bits_of_the_numbers_they_stand_for(
+    tokens: int, hidden: int, inner: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens)
+    chosen, x, weights = choose(tokens, 2, 3), normal(tokens, hidden).to(dtype), normal(tokens, 2)
+    packed = [pack_rows_mxfp4(matrix * 2 ** normal(4, 1, 1)) for matrix in weights_of(4, hidden, inner)]
+    numbers = [unpack_rows_mxfp4(matrix, dtype) for matrix in packed]
+    with running("triton"):
+        found = kernels.moe_experts(x, chosen, weights, *packed, 10.0)
+        plain = kernels.moe_experts(x, chosen, weights, *numbers, 10.0)
+        if DEVICE.type == "cuda":
+            assert torch.equal(found, plain)
+        else:  # the interpreter's products are numpy's, which add in another order when a matrix lies transposed
+            assert_close(found, plain, 1e-6 if dtype is torch.float32 else 2**-7, "packed")
+    with running("oracle"):
+        assert_close(found, kernels.moe_experts(x, chosen, weights, *packed, 10.0), 2 * BOUNDS[dtype], "packed")
 
 
 def test_a_plan_orders_slots_by_expert_and_then_by_number() -> None:

@@ -1,15 +1,14 @@
 """Log-probabilities of sampled tokens: our engine's against the trainer's model, on one GPU.
 
-`python -m benchmarks.gpu.agreement [--quick] [--size tiny --cpu] [--out FILE]` prints JSON. The model is random (4
-layers, one of each kind). The engine samples, with continuous batching; the trainer scores all sequences in one packed
-pass. Then the optimiser steps, each published to the engine, and sampled again. Long prompts are split over steps,
-begin with cached prefixes, and let the indexer choose.
+`python -m benchmarks.gpu.agreement [--quick] [--fp4] [--size tiny --cpu] [--out FILE]` prints JSON. The model is random
+(4 layers, one of each kind), with `--fp4` under quantisation-aware training. The engine samples, with continuous
+batching; the trainer scores all sequences in one packed pass. Then the optimiser steps, each published to the engine,
+and sampled again. Long prompts are split over steps, begin with cached prefixes, and let the indexer choose.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 from benchmarks.gpu.engines import (
     Place,
     config_of,
+    give,
     packed,
     random_model,
     random_prompts,
@@ -133,9 +133,9 @@ def cached_tokens(engine: Any, prompts: list[list[int]]) -> list[int]:
 class Trial:
     """An engine and a trainer with the same random weights."""
 
-    def __init__(self, size: str, place: Place, amounts: Amounts, directory: Path) -> None:
+    def __init__(self, size: str, place: Place, amounts: Amounts, directory: Path, fp4: bool) -> None:
         self.place, self.amounts = place, amounts
-        self.config = config_of(size)
+        self.config = config_of(size, fp4)
         self.model = random_model(self.config, place)
         self.began = time.monotonic()
         self.engine = start_engine(
@@ -224,11 +224,12 @@ class Trial:
         }
 
 
-def measure(size: str, place: Place, amounts: Amounts) -> dict[str, Any]:
+def measure(size: str, place: Place, amounts: Amounts, fp4: bool) -> dict[str, Any]:
     """Everything, as a tree of numbers."""
     with tempfile.TemporaryDirectory() as directory:
-        trial = Trial(size, place, amounts, Path(directory))
+        trial = Trial(size, place, amounts, Path(directory), fp4)
         results: dict[str, Any] = {"versions": versions(), "size": size, "dtype": str(place.dtype)}
+        results["fp4_experts"] = fp4
         results["before"] = trial.check(trial.short_prompts(1), amounts.tokens)
         results["temperature 0.7"] = trial.check(trial.short_prompts(2), amounts.tokens_after_step, 0.7, seed=1)
         results["long"] = trial.long()
@@ -241,15 +242,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--size", choices=["small", "tiny"], default="small")
+    parser.add_argument("--fp4", action="store_true", help="routed experts in MXFP4")
     parser.add_argument("--cpu", action="store_true", help="fp32 on the CPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     place = Place("cpu", torch.float32) if options.cpu else Place()
     amounts = TINY if options.size == "tiny" else QUICK if options.quick else Amounts()
-    text = json.dumps(measure(options.size, place, amounts), indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    give(measure(options.size, place, amounts, options.fp4), options.out)
 
 
 if __name__ == "__main__":

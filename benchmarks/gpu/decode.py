@@ -2,8 +2,8 @@
 
 `python -m benchmarks.gpu.decode [--quick] [--size small|flash] [--engines ours,eager,...] [--out FILE]` prints JSON.
 Each engine has a process of its own. `ours` and `ours-eager` are our model in bf16 with and without CUDA graphs,
-`graphs` and `eager` the in-tree model (FP8 linears, MXFP4 experts, FP8 cache). Every token comes with its
-log-probability.
+`ours-fp4` has its experts in MXFP4 (`precision: bf16_fp4_experts`) and graphs; `graphs` and `eager` are the in-tree
+model (FP8 linears, MXFP4 experts, FP8 cache). Every token comes with its log-probability.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from benchmarks.gpu.engines import (
     Place,
+    alone,
     config_of,
+    give,
     random_model,
     random_prompts,
     start_engine,
@@ -35,7 +36,7 @@ from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import released_tensors, write_config, write_tensors
 from posttrain.models.deepseek_v4.export import convert_tensor, released_config_dict
 
-ENGINES = ("ours", "ours-eager", "eager", "graphs")
+ENGINES = ("ours", "ours-fp4", "ours-eager", "eager", "graphs")
 SEQUENCES = (64, 256)
 CACHE_BYTES = 8 << 30
 
@@ -72,9 +73,9 @@ def generator(llm: Any) -> Callable[[list[list[int]], int], object]:
     return generate
 
 
-def ours(size: str, directory: Path, graphs: bool) -> Any:
+def ours(size: str, directory: Path, graphs: bool, fp4: bool) -> Any:
     """Our engine, with weights."""
-    place, config = Place(), config_of(size)
+    place, config = Place(), config_of(size, fp4)
     engine = start_engine(
         config,
         directory,
@@ -95,7 +96,7 @@ def ours(size: str, directory: Path, graphs: bool) -> Any:
 
 def exported(model: DeepseekV4ForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors in the released formats, from the GPU one by one."""
-    for name, tensor in released_tensors(model.engine_state_dict()):
+    for name, tensor in released_tensors(model.state_dict()):
         yield from convert_tensor(name, tensor.float() if tensor.is_floating_point() else tensor, "fp8_fp4", False)
 
 
@@ -134,7 +135,7 @@ def one(which: str, size: str, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         begin = time.monotonic()
         if which.startswith("ours"):
-            llm = ours(size, Path(directory), graphs=which == "ours")
+            llm = ours(size, Path(directory), graphs=which != "ours-eager", fp4=which == "ours-fp4")
         else:
             llm = in_tree(size, Path(directory), graphs=which == "graphs")
         start_seconds = time.monotonic() - begin
@@ -142,15 +143,6 @@ def one(which: str, size: str, quick: bool) -> dict[str, Any]:
         vocabulary = config_of(size).vocab_size
         rates = [timed(generator(llm), vocabulary, sequences, quick) for sequences in SEQUENCES]
     return {"versions": versions(), "start_seconds": start_seconds, "rates": rates}
-
-
-def run_alone(which: str, size: str, quick: bool) -> dict[str, Any]:
-    """One engine in a process of its own; what it said last, where it failed."""
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "out"
-        command = [sys.executable, "-m", "benchmarks.gpu.decode", "--one", which, "--size", size, "--out", str(out)]
-        done = subprocess.run([*command, *["--quick"] * quick], stdout=subprocess.PIPE, text=True, check=False)
-        return json.loads(out.read_text()) if out.exists() else {"error": done.stdout[-3000:]}
 
 
 def main(arguments: list[str]) -> None:
@@ -170,12 +162,9 @@ def main(arguments: list[str]) -> None:
     else:
         results = {"size": options.size}
         for which in options.engines.split(","):
-            results[which] = run_alone(which, options.size, options.quick)
+            results[which] = alone("benchmarks.gpu.decode", which, "--size", options.size, *["--quick"] * options.quick)
             print(f"{which}: {json.dumps(results[which])}", file=sys.stderr, flush=True)
-    text = json.dumps(results, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    give(results, options.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
+from posttrain.files import atomic_write
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM, make_config
 from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 from posttrain.models.deepseek_v4.config import native_config_dict
@@ -68,9 +71,9 @@ def with_engine_environment() -> None:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 
 
-def config_of(size: str) -> DeepseekV4Config:
-    """A key of `SIZES`."""
-    return make_config(SIZES[size])
+def config_of(size: str, fp4: bool = False) -> DeepseekV4Config:
+    """A key of `SIZES`, with `fp4` under quantisation-aware training."""
+    return make_config(SIZES[size], **({"precision": "bf16_fp4_experts"} if fp4 else {}))
 
 
 def random_model(config: DeepseekV4Config, place: Place, seed: int = 0) -> DeepseekV4ForCausalLM:
@@ -154,3 +157,20 @@ def packed(sequences: list[list[int]], device: str) -> tuple[Tensor, Tensor]:
     """Tokens `[T]` of all sequences, and where each begins and the last ends."""
     lengths = torch.tensor([0] + [len(sequence) for sequence in sequences])
     return torch.tensor(list(chain(*sequences)), device=device), lengths.cumsum(0).to(device)
+
+
+def alone(module: str, which: str, *options: str) -> dict[str, Any]:
+    """`python -m MODULE --one WHICH` in a process of its own, and what it wrote; what it said last, where it failed."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out"
+        command = [sys.executable, "-m", module, "--one", which, *options, "--out", str(out)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        return json.loads(out.read_text()) if out.exists() else {"error": done.stdout[-3000:]}
+
+
+def give(results: dict[str, Any], out: Path | None) -> None:
+    """Results as JSON, printed and, where asked for, written."""
+    text = json.dumps(results, indent=2)
+    if out:
+        atomic_write(out, text + "\n")
+    print(text)

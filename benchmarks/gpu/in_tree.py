@@ -8,7 +8,6 @@ is the two implementations, and the engine's FP8 activations and cache), once wi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.decode import in_tree
-from benchmarks.gpu.engines import SIZES, Place, config_of, packed, random_model, random_prompts, versions
+from benchmarks.gpu.engines import SIZES, Place, config_of, give, packed, random_model, random_prompts, versions
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.context import PackedContext
 from rollouts.logprobs import sampler_logprobs
@@ -83,10 +82,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads it when the engine begins
-    text = json.dumps(measure(options.size, options.quick), indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    give(measure(options.size, options.quick), options.out)
 
 
 if __name__ == "__main__":

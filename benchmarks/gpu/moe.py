@@ -16,6 +16,7 @@ from benchmarks.gpu.timing import copy_ceiling, matmul_ceiling, peak_bytes, seco
 from posttrain import kernels
 from posttrain.kernels.moe import triton as moe
 from posttrain.kernels.moe.triton_plan import make_plan
+from posttrain.kernels.quant.op import pack_rows_mxfp4
 
 HIDDEN, INNER, EXPERTS, SLOTS, LIMIT = 4096, 2048, 256, 6, 10.0
 SLOT_OPERATIONS = 2 * 3 * HIDDEN * INNER
@@ -191,12 +192,15 @@ def measure(quick: bool) -> dict[str, Any]:
     inputs = make_inputs(8192, w13, w2)
     with torch.no_grad():
         results["difference from peer"] = float((ours(*inputs) - peer(*inputs)).abs().max() / peer(*inputs).abs().max())
+        packed = [torch.stack([pack_rows_mxfp4(one) for one in matrix]) for matrix in (w13, w2)]
+        results["8192 tokens"]["ours_mxfp4_ms"] = seconds(partial(ours, *inputs[:3], *packed)) * 1e3
         results["stages"], results["variants_ms"] = stages(inputs), variants(inputs)
         results["router_ms"], results["shared_ms"] = router(inputs), shared(inputs)
         for tokens in (64, 256):
             inputs = make_inputs(tokens, w13, w2)
             results[f"decode {tokens}"] = {
                 "ours": rate(partial(ours, *inputs), tokens, False),
+                "ours_mxfp4_ms": seconds(partial(ours, *inputs[:3], *packed)) * 1e3,
                 "peer": rate(partial(peer, *inputs), tokens, False),
                 "router_ms": router(inputs),
                 "shared_ms": shared(inputs),

@@ -10,9 +10,7 @@ changes is the engine's own noise.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +23,10 @@ from benchmarks.gpu.decode import in_tree
 from benchmarks.gpu.engines import (
     SIZES,
     Place,
+    alone,
     config_of,
     describe,
+    give,
     random_model,
     random_prompts,
     versions,
@@ -103,15 +103,6 @@ def distance(ours: Scores, theirs: Scores) -> dict[str, float]:
     return {"tokens": len(apart), "mean": apart.mean().item(), "largest": apart.max().item()}
 
 
-def alone(which: str, size: str) -> dict[str, Any]:
-    """One of the two in a process of its own."""
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "out"
-        command = [sys.executable, "-m", "benchmarks.gpu.published", "--one", which, "--size", size, "--out", str(out)]
-        subprocess.run(command, stdout=sys.stderr, check=True)
-        return json.loads(out.read_text())
-
-
 def main(arguments: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser()
@@ -125,7 +116,9 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             results = {"published": published, "loaded": loaded}[options.one](options.size, Path(directory))
     else:
-        ours, theirs = alone("published", options.size), alone("loaded", options.size)["scores"]
+        size = "--size", options.size
+        ours, found = (alone("benchmarks.gpu.published", which, *size) for which in ("published", "loaded"))
+        theirs = found["scores"]
         first, second, _, again = ours.pop("scores")
         results = ours | {
             "B against its export": distance(second, theirs[0]),
@@ -133,10 +126,7 @@ def main(arguments: list[str]) -> None:
             "B before and after A": distance(second, again),
             "A against the export of B": distance(first, theirs[0]),
         }
-    text = json.dumps(results, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    give(results, options.out)
 
 
 if __name__ == "__main__":

@@ -147,8 +147,10 @@ def _check_engine(recipe: Recipe) -> None:
             "vLLM's own DeepSeek-V4 does not run on CPUs (vLLM 0.32: its kernels for metadata are written in "
             "Triton, which has no CPU backend): use native, or give each worker a GPU (cluster.gpus_per_worker)",
         )
-    if recipe.model.precision == "bf16" and recipe.rollout.dtype != "bfloat16":
-        raise wrong("rollout.dtype", "must be bfloat16 for `model.precision: bf16`, so that engine and trainer agree")
+    precision = recipe.model.precision or ""
+    if precision.startswith("bf16") and recipe.rollout.dtype != "bfloat16":
+        what = f"must be bfloat16 for `model.precision: {precision}`, so that engine and trainer agree"
+        raise wrong("rollout.dtype", what)
 
 
 def _check_sampling(recipe: Recipe, key: str, stage: GrpoStage) -> None:

@@ -43,9 +43,10 @@ class ModelConfig(Section):
     """A preset's name (`tiny`) or the fields of a model config: random initial weights."""
     checkpoint: str | None = None
     """A directory or a hub id to start from."""
-    precision: Literal["fp32", "bf16", "fp4_experts"] | None = None
-    """`fp32`, `bf16`: what matrices are held in. `fp4_experts`: fp32 masters, routed experts rounded to MXFP4 in every
-    forward pass of trainer and engine (quantisation-aware training). Default: the checkpoint's, or fp32."""
+    precision: Literal["fp32", "bf16", "fp4_experts", "bf16_fp4_experts"] | None = None
+    """`fp32`, `bf16`: what matrices are held in. `fp4_experts`, `bf16_fp4_experts`: the same, and routed experts are
+    rounded to MXFP4 in every forward pass (quantisation-aware training; engines hold them packed). Default: the
+    checkpoint's, or fp32."""
     kernels: Literal["compiled", "triton", "oracle"] | None = None
     """Implementation of the op table in trainers, teachers and native engines. Default: `compiled` on CPUs, `triton` on
     GPUs; `oracle`, plain torch, runs anywhere."""

@@ -79,9 +79,8 @@ def publishable_weights(model: PreTrainedModel) -> dict[str, np.ndarray | torch.
     A model whose engine uses other names says so in `engine_state_dict()`. bf16, which numpy lacks, stays a tensor.
     Weights with adapters come merged, as tensors of their own.
     """
-    if has_adapters(model):
-        named = merged_state(model)
-    else:
-        named = model.engine_state_dict() if hasattr(model, "engine_state_dict") else model.state_dict()
+    named = merged_state(model) if has_adapters(model) else model.state_dict()
+    if hasattr(model, "engine_state_dict"):
+        named = model.engine_state_dict(named)
     weights = {name: tensor.detach().cpu() for name, tensor in named.items()}
     return {name: tensor if tensor.dtype is torch.bfloat16 else tensor.numpy() for name, tensor in weights.items()}

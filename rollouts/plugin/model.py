@@ -30,7 +30,7 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config  # vLLM's warm-ups tell models apart by it
         config = self.config.v4_config()
         with no_init_weights():  # all of them come from the publisher
-            self.model = DeepseekV4Model(config)
+            self.model = DeepseekV4Model(config, packed=fp4_experts(config))
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.requires_grad_(False)
         for name, parameter in self.named_parameters():
@@ -45,7 +45,7 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         dtype = torch.float32 if current_platform.is_cpu() else vllm_config.model_config.dtype
         self.caches = cache_layers(config, dtype)
         self.graphs: DecodeGraphs | None = None
-        if current_platform.is_cuda() and not fp4_experts(config):  # rounded anew, experts would lie elsewhere
+        if current_platform.is_cuda():
             self.graphs = DecodeGraphs(self.model.forward_packed, self.caches)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from posttrain.kernels.checks import expect
 from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kernels, narrow, run
 from posttrain.kernels.linear.op import ALIGNMENT, linear, minimum_rows
 from posttrain.kernels.moe import oracle
+from posttrain.kernels.quant.op import packed_bytes, packed_numbers, unpack_rows_mxfp4
 from posttrain.kernels.wide import without_autocast
 
 cpu = Kernels(__package__)
@@ -196,7 +197,8 @@ def moe_experts(
         experts_TK: int64 expert of each slot.
         weights_TK: fp32 weight of each slot.
         w13_EJH: gate and up projections stacked, `J = 2I`.
-        w2_EHI: down projections.
+        w2_EHI: down projections. Both may be in MXFP4, rows of `quant.op.pack_rows_mxfp4` (uint8): the result is
+            that of the numbers they stand for, to the bit; there is no gradient then.
         limit: SwiGLU clamp.
 
     Returns:
@@ -206,10 +208,14 @@ def moe_experts(
     slots = expect("moe_experts", "experts", experts_TK, tokens, "K")[1]
     expect("moe_experts", "weights", weights_TK, tokens, slots)
     experts, _, inner = expect("moe_experts", "w2", w2_EHI, "E", hidden, "I")
-    expect("moe_experts", "w13", w13_EJH, experts, 2 * inner, hidden)
+    packed = w2_EHI.dtype is torch.uint8
+    inner = packed_numbers(inner) if packed else inner
+    expect("moe_experts", "w13", w13_EJH, experts, 2 * inner, packed_bytes(hidden) if packed else hidden)
     _expect_beside("moe_experts", x_TH, experts=experts_TK, weights=weights_TK, w13=w13_EJH, w2=w2_EHI)
     if backend_of(x_TH) == "triton":
         return triton.moe_experts(x_TH, experts_TK, weights_TK, w13_EJH, w2_EHI, limit)
+    if packed:
+        w13_EJH, w2_EHI = (unpack_rows_mxfp4(matrix, x_TH.dtype) for matrix in (w13_EJH, w2_EHI))
     if has_kernels(x_TH):
         routes = experts_TK.long().contiguous(), dense(weights_TK)
         inputs = dense(x_TH), *routes, w13_EJH.float(), w2_EHI.float()

@@ -24,6 +24,7 @@ from posttrain.kernels.compiled import differentiable
 from posttrain.kernels.gradients import handed_over, matrix_gradient, owner_of, total_of
 from posttrain.kernels.moe.triton_gradient import swiglu_gradient_kernel, weight_gradient_kernel
 from posttrain.kernels.moe.triton_grouped import combine_kernel, gate_up_kernel, multiply_kernel
+from posttrain.kernels.moe.triton_packed import packed_gate_up, packed_multiply, packed_plan
 from posttrain.kernels.moe.triton_plan import Plan, make_plan, one_expert_plan
 from posttrain.kernels.moe.triton_route import INTERPRETED, Route
 
@@ -228,7 +229,10 @@ def multiply_and_combine(
     for first in range(0, outer, step):
         columns = slice(first, min(first + step, outer))
         width = columns.stop - first
-        rows_SW = multiply(rows_SK, weights, transposed, plan, columns)
+        if weights.dtype is torch.uint8:
+            rows_SW = packed_multiply(rows_SK, weights, plan, columns)
+        else:
+            rows_SW = multiply(rows_SK, weights, transposed, plan, columns)
         block = min(1024, triton.next_power_of_2(width))
         combine_kernel[(len(experts_TK), triton.cdiv(width, block))](
             *(rows_SW, rows_SW if weights_TK is None else weights_TK, experts_TK, out_TN, first),
@@ -301,6 +305,16 @@ class _Experts(torch.autograd.Function):
         return dx_TH, None, dweights_TK, dw13, dw2, None
 
 
+def _packed_experts(
+    x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, limit: float
+) -> Tensor:
+    if experts_TK.numel() * w2.numel() == 0:
+        return torch.zeros_like(x_TH)
+    plan = packed_plan(x_TH, experts_TK, len(w13))
+    act_SI = packed_gate_up(x_TH, w13, plan, limit)
+    return multiply_and_combine(act_SI, w2, True, plan, experts_TK, weights_TK)
+
+
 class _Mlp(torch.autograd.Function):
     """The experts' kernels with one expert that takes every token."""
 
@@ -336,9 +350,11 @@ class _Mlp(torch.autograd.Function):
 def moe_experts(
     x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, w13_EJH: Tensor, w2_EHI: Tensor, limit: float
 ) -> Tensor:
-    """See the op. In `x`'s dtype, to which the experts' matrices are converted if theirs is another."""
-    w13_EJH, w2_EHI = (matrix.to(x_TH.dtype).contiguous() for matrix in (w13_EJH, w2_EHI))
+    """See the op. In `x`'s dtype, to which the experts' matrices are converted if theirs is another and not MXFP4."""
     routes = experts_TK.long().contiguous(), weights_TK.float().contiguous()
+    if w13_EJH.dtype is torch.uint8:
+        return _packed_experts(x_TH.contiguous(), *routes, w13_EJH.contiguous(), w2_EHI.contiguous(), float(limit))
+    w13_EJH, w2_EHI = (matrix.to(x_TH.dtype).contiguous() for matrix in (w13_EJH, w2_EHI))
     return differentiable(_Experts, x_TH.contiguous(), *routes, w13_EJH, w2_EHI, float(limit))
 
 

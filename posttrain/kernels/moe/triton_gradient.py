@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from posttrain.kernels.moe.triton_grouped import _slots, _tokens
+from posttrain.kernels.moe.triton_grouped import slots_of, tokens_of
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -71,7 +71,7 @@ def swiglu_gradient_kernel(
 def _rows_of(values, row, valid, order, column, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """`[K, BLOCK]` columns of rows; with `SLOTS`, of the rows' tokens."""
     n = column + tl.arange(0, BLOCK)
-    at = values + _tokens(_slots(order, row, valid, SLOTS), SLOTS)[:, None] * WIDTH + n[None, :]
+    at = values + tokens_of(slots_of(order, row, valid, SLOTS), SLOTS)[:, None] * WIDTH + n[None, :]
     if WIDTH % BLOCK == 0:
         tile = tl.load(at, mask=valid[:, None], other=0.0)
     else:

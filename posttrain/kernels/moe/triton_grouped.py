@@ -18,7 +18,7 @@ from posttrain.kernels.moe.triton_plan import find_tile
 
 
 @triton.jit
-def _slots(order, row, valid, SLOTS: tl.constexpr):
+def slots_of(order, row, valid, SLOTS: tl.constexpr):
     """Slot of each row."""
     if SLOTS == 0:
         slot = row.to(tl.int64)
@@ -28,7 +28,7 @@ def _slots(order, row, valid, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _tokens(slot, SLOTS: tl.constexpr):
+def tokens_of(slot, SLOTS: tl.constexpr):
     """Token of each slot."""
     if SLOTS == 0:
         token = slot
@@ -122,7 +122,7 @@ def gate_up_kernel(
     local = tl.arange(0, BLOCK_M)
     row = first + local
     valid = row < end
-    rows_at = x_TH + _tokens(_slots(order, row, valid, SLOTS), SLOTS) * HIDDEN
+    rows_at = x_TH + tokens_of(slots_of(order, row, valid, SLOTS), SLOTS) * HIDDEN
     gate_at = expert * (2 * INNER)
     for column in range(part * TURNS, tl.minimum(COLUMNS, (part + 1) * TURNS)):
         n0 = column * BLOCK_N
@@ -191,8 +191,8 @@ def multiply_kernel(
     first, end, part = find_tile(starts, tile_starts, expert, place, BLOCK_M, PARTS, BAND)
     row = first + tl.arange(0, BLOCK_M)
     valid = row < end
-    slot = _slots(order, row, valid, SLOTS)
-    rows_at = rows_SK + (_tokens(slot, SLOTS) if BY_TOKEN else row.to(tl.int64)) * INNER
+    slot = slots_of(order, row, valid, SLOTS)
+    rows_at = rows_SK + (tokens_of(slot, SLOTS) if BY_TOKEN else row.to(tl.int64)) * INNER
     out_at = out + (row.to(tl.int64) if BY_TOKEN else slot) * WIDTH
     matrix_at = expert * (OUTER if TRANSPOSED else INNER)
     for column in range(part * TURNS, tl.minimum(COLUMNS, (part + 1) * TURNS)):

@@ -70,6 +70,40 @@ def dequantize_mxfp4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.
     return oracle.dequantize(*rows, 1, FP4_GROUP, E2M1).to(dtype).view(shape)
 
 
+def pack_rows_mxfp4(x: Tensor) -> Tensor:
+    """What `quantize_mxfp4` gives, as one tensor: of each row codes, then scales; uint8 `[..., K / 2 + K / 32]`.
+
+    Raises:
+        ValueError: as `quantize_mxfp4`.
+    """
+    return torch.cat(quantize_mxfp4(x), -1)
+
+
+def unpack_rows_mxfp4(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers `[..., K]` of what `pack_rows_mxfp4` made; exact in fp32 and in bf16.
+
+    Raises:
+        ValueError: another dtype than uint8, a size that no row has, a scale that is NaN.
+    """
+    size = packed_numbers(rows.shape[-1]) if rows.dim() else 0
+    if rows.dtype is not torch.uint8 or not size or packed_bytes(size) != rows.shape[-1]:
+        raise ValueError(
+            f"unpack_rows_mxfp4: rows is {rows.dtype} {list(rows.shape)}; expected uint8 [..., K / 2 + K / 32]"
+        )
+    packed, scales = (part.contiguous() for part in rows.split([size // 2, size // FP4_GROUP], -1))
+    return dequantize_mxfp4(packed, scales, dtype)
+
+
+def packed_bytes(numbers: int) -> int:
+    """Bytes of a row of `pack_rows_mxfp4`."""
+    return numbers // 2 + numbers // FP4_GROUP
+
+
+def packed_numbers(size: int) -> int:
+    """Numbers in a row of so many bytes."""
+    return size * FP4_GROUP // (FP4_GROUP // 2 + 1)
+
+
 def pack_fp4(codes: Tensor) -> Tensor:
     """Two E2M1 codes (uint8, 0 to 15) in a byte: `[..., K]` to `[..., K / 2]`, the first in the low half."""
     if codes.dtype is not torch.uint8 or not codes.dim() or codes.shape[-1] % 2:

@@ -39,7 +39,7 @@ def _scale_bytes(largest, REACH: tl.constexpr, EDGE: tl.constexpr, FLOOR: tl.con
 
 
 @triton.jit
-def _power(byte):
+def power(byte):
     bits = tl.where(byte == 0, 0x400000, byte << 23)
     return _float(tl.where(byte == 255, 0x7FC00000, bits))
 
@@ -62,7 +62,7 @@ def _encode(scaled, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP: tl.constexp
 
 
 @triton.jit
-def _decode(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr, SIGN: tl.constexpr):
+def decode(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr, SIGN: tl.constexpr):
     magnitude = code & ((1 << SIGN) - 1)
     normal = _float((magnitude + ((127 - BIAS) << MANTISSA)) << (23 - MANTISSA))
     small = magnitude.to(tl.float32) * (1.0 / (1 << (BIAS - 1 + MANTISSA)))
@@ -72,7 +72,7 @@ def _decode(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr, SIGN: tl.constexpr
 
 @triton.jit
 def _round(scaled, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """`_decode(_encode(scaled))` in fewer steps: see `oracle.rounded`."""
+    """`decode(_encode(scaled))` in fewer steps: see `oracle.rounded`."""
     bits = _bits(scaled)
     step = tl.maximum(bits & 0x7F800000, (128 - BIAS) << 23) + (((23 - MANTISSA) << 23) + (1 << 22))
     near = (scaled + _float(step)) - _float(step)
@@ -162,14 +162,14 @@ def _dequantize_kernel(
 ):
     row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     place, exists = _scale_place(rows, columns, ROWS, COLUMNS, ONE_SCALE)
-    scale = _power(tl.load(scales_pointer + place, mask=exists, other=127).to(tl.int32))
+    scale = power(tl.load(scales_pointer + place, mask=exists, other=127).to(tl.int32))
     if PACKED:
         half = tl.arange(0, COLUMNS // 2)[None, :]
         pair = tl.load(codes_pointer + row * (COLUMNS // 2) + half, mask=exists, other=0).to(tl.int32)
         codes = tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, COLUMNS))
     else:
         codes = tl.load(codes_pointer + row * columns + column, mask=inside, other=0).to(tl.int32)
-    value = _decode(codes, MANTISSA, BIAS, SIGN) * scale
+    value = decode(codes, MANTISSA, BIAS, SIGN) * scale
     tl.store(out_pointer + row * columns + column, value.to(out_pointer.dtype.element_ty), mask=inside)
 
 
@@ -192,7 +192,7 @@ def _fake_kernel(
     row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     x = tl.load(x_pointer + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     byte = _scale_bytes(_largest(x, ONE_SCALE), REACH, EDGE, FLOOR)
-    value = _round(x * _inverse_power(byte), MANTISSA, BIAS) * _power(byte)
+    value = _round(x * _inverse_power(byte), MANTISSA, BIAS) * power(byte)
     tl.store(out_pointer + row * columns + column, value.to(out_pointer.dtype.element_ty), mask=inside)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0)
     bad = tl.max(tl.max(tl.where(byte == 255, 1, 0), axis=1), axis=0)
@@ -230,9 +230,9 @@ def _fp4_in_fp8_kernel(
     # Whatever is moved down by more than 15 places is lost, so the bound below changes nothing.
     shift = tl.minimum(tl.maximum(scale - found, -60), 6)
     fp4 = tl.reshape(tl.join(pair & 15, pair >> 4), (512, 32))
-    shifted = _decode(fp4, FP4_MANTISSA, FP4_BIAS, FP4_SIGN) * _float((shift + 127) << 23)[:, None]
+    shifted = decode(fp4, FP4_MANTISSA, FP4_BIAS, FP4_SIGN) * _float((shift + 127) << 23)[:, None]
     codes = _encode(shifted, MANTISSA, BIAS, TOP, SIGN)
-    lost = tl.max(tl.where(_decode(codes, MANTISSA, BIAS, SIGN) != shifted, 1, 0), axis=1)
+    lost = tl.max(tl.where(decode(codes, MANTISSA, BIAS, SIGN) != shifted, 1, 0), axis=1)
     place = at[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(codes_pointer + place, codes.to(tl.uint8), mask=exists[:, None])
     block = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from posttrain.kernels.quant.op import dequantize_fp8, dequantize_mxfp4
-from posttrain.models.deepseek_v4.config import native_config_dict, precision_of
+from posttrain.kernels.quant.formats import FP4_GROUP
+from posttrain.kernels.quant.op import dequantize_fp8, dequantize_mxfp4, pack_rows_mxfp4
+from posttrain.models.deepseek_v4.config import bf16_matrices, native_config_dict, precision_of
 
 if TYPE_CHECKING:
     from posttrain.models.deepseek_v4.model import DeepseekV4ForCausalLM
@@ -211,6 +212,8 @@ def _place(name: str, parameters: dict[str, Tensor]) -> tuple[str, Tensor | None
 def load_into(parameters: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], origin: str) -> None:
     """Copy released tensors into our parameters and buffers, and account for every element.
 
+    Experts whose place is uint8 are a sampler's: they are packed (`PackedExperts`).
+
     Raises:
         CheckpointError: names that have no place, shapes that differ, elements that nothing filled.
     """
@@ -221,6 +224,8 @@ def load_into(parameters: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor
         if target is None:
             unknown.append(name)
             continue
+        if target.dtype is torch.uint8 and tensor.is_floating_point() and not tensor.shape[-1] % FP4_GROUP:
+            tensor = pack_rows_mxfp4(tensor)
         if target.shape != tensor.shape:
             raise CheckpointError(
                 f"{origin}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(target.shape)}"
@@ -236,7 +241,7 @@ def load_into(parameters: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor
 
 def materialise(model: DeepseekV4ForCausalLM, directory: Path, dtype: torch.dtype | str | None) -> None:
     """Give a model made on the meta device its memory and its weights."""
-    if dtype is None and precision_of(model.config) == "bf16":
+    if dtype is None and bf16_matrices(model.config):
         dtype = torch.bfloat16
     if isinstance(dtype, str):
         dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -16,9 +16,10 @@ from posttrain.models.deepseek_v4.presets import HEAVY, PRESETS, SLIDING, SPARSE
 
 RELEASED_RATES = {SLIDING: 0, SPARSE: 4, HEAVY: 128}
 
-Precision = Literal["fp32", "bf16", "fp4_experts"]
-"""`fp32`, `bf16`: what the matrices are held in. `fp4_experts`: fp32 masters, routed experts rounded to MXFP4 in
-every forward pass (quantisation-aware training). A config's field `precision`; without one: `fp32`."""
+Precision = Literal["fp32", "bf16", "fp4_experts", "bf16_fp4_experts"]
+"""`fp32`, `bf16`: what the matrices are held in. `fp4_experts`, `bf16_fp4_experts`: the same, and routed experts are
+rounded to MXFP4 in every forward pass (quantisation-aware training). A config's field `precision`; without one: `fp32`.
+"""
 
 
 def make_config(config: str | dict[str, Any], **token_fields: Any) -> DeepseekV4Config:
@@ -59,16 +60,21 @@ def precision_of(config: DeepseekV4Config) -> Precision:
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
     for name in ("hidden_size", "moe_intermediate_size"):
-        if precision == "fp4_experts" and getattr(config, name) % FP4_GROUP:
+        if precision.endswith("fp4_experts") and getattr(config, name) % FP4_GROUP:
             raise ValueError(
-                f"{name} is {getattr(config, name)}; precision fp4_experts needs a multiple of {FP4_GROUP}"
+                f"{name} is {getattr(config, name)}; precision {precision} needs a multiple of {FP4_GROUP}"
             )
     return precision
 
 
 def fp4_experts(config: DeepseekV4Config) -> bool:
     """Whether the routed experts are rounded to MXFP4 in every forward pass."""
-    return precision_of(config) == "fp4_experts"
+    return precision_of(config).endswith("fp4_experts")
+
+
+def bf16_matrices(config: DeepseekV4Config) -> bool:
+    """Whether matrices are held in bf16."""
+    return precision_of(config).startswith("bf16")
 
 
 def fp4_indexer(config: DeepseekV4Config) -> bool:

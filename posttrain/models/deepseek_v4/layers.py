@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from posttrain import kernels
 from posttrain.kernels.blocks import round_up
-from posttrain.kernels.quant.op import fake_quantize_mxfp4
+from posttrain.kernels.quant.op import fake_quantize_mxfp4, packed_bytes
 from posttrain.models.deepseek_v4.auxiliary import Record, attention_target, indexer_loss, recording
 from posttrain.models.deepseek_v4.config import fp4_experts, fp4_indexer, rope_dim
 from posttrain.models.deepseek_v4.context import AttentionContext
@@ -310,8 +310,8 @@ class Gate(nn.Module):
 class ExpertWeights(nn.Module):
     """Experts' matrices stacked: `w13[E, 2I, H]` is gate above up, `w2[E, H, I]` is down. No `E` for one expert.
 
-    With `fp4` the parameters are master weights: tokens meet them rounded to MXFP4 (V4 report §5.2.1), in the trainer
-    and in the engine alike, and gradients go straight through to the masters.
+    With `fp4` the parameters are master weights: tokens meet them rounded to MXFP4 (V4 report §5.2.1), and gradients go
+    straight through to the masters. Engines hold the rounded numbers alone (`PackedExperts`).
     """
 
     def __init__(self, lead: tuple[int, ...], hidden: int, inner: int, fp4: bool = False) -> None:
@@ -319,7 +319,6 @@ class ExpertWeights(nn.Module):
         self.fp4 = fp4
         self.w13 = nn.Parameter(torch.empty(*lead, 2 * inner, hidden))
         self.w2 = nn.Parameter(torch.empty(*lead, hidden, inner))
-        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def forward(
         self, x_TH: Tensor, limit: float, experts_TK: Tensor | None = None, weights_TK: Tensor | None = None
@@ -331,38 +330,43 @@ class ExpertWeights(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """`w13` and `w2` as tokens meet them."""
-        return (self._rounded("w13"), self._rounded("w2")) if self.fp4 else (self.w13, self.w2)
+        return (fake_quantize_mxfp4(self.w13), fake_quantize_mxfp4(self.w2)) if self.fp4 else (self.w13, self.w2)
 
-    def forget_rounded(self) -> None:
-        """Have matrices rounded anew that were kept."""
-        self._kept.clear()
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Make the masters what tokens meet, in a model that nobody trains."""
+        for name, matrix in zip(("w13", "w2"), self.matrices(), strict=True):
+            getattr(self, name).copy_(matrix)
+        self.fp4 = False
 
-    def _rounded(self, name: str) -> Tensor:
-        """An engine rounds once for each set of weights and keeps the result; everybody else at every call.
 
-        An engine is whoever runs frozen weights in inference mode. A change of weights shows in the version that
-        torch counts (only writes through `.data` would not).
-        """
-        master = getattr(self, name)
-        if master.requires_grad or master.is_inference() or not torch.is_inference_mode_enabled():
-            return fake_quantize_mxfp4(master)
-        source, version, rounded = self._kept.get(name, (None, -1, None))
-        same = source is not None and (source.data_ptr(), source.dtype) == (master.data_ptr(), master.dtype)
-        if not same or version != master._version:
-            rounded = fake_quantize_mxfp4(master)
-            self._kept[name] = master.detach(), master._version, rounded
-        return rounded
+class PackedExperts(nn.Module):
+    """Routed experts in MXFP4, as a sampler of `fp4_experts` holds them: `w13`, `w2` are rows of `pack_rows_mxfp4`."""
+
+    def __init__(self, experts: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        shapes = {"w13": (2 * inner, packed_bytes(hidden)), "w2": (hidden, packed_bytes(inner))}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(experts, *shape, dtype=torch.uint8))
+
+    def forward(self, x_TH: Tensor, limit: float, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`; no gradient."""
+        return kernels.moe_experts(x_TH, experts_TK, weights_TK, self.w13, self.w2, limit)
 
 
 class MixtureOfExperts(nn.Module):
     """Routed experts plus the shared one."""
 
-    def __init__(self, config: DeepseekV4Config, layer: int) -> None:
+    def __init__(self, config: DeepseekV4Config, layer: int, packed: bool) -> None:
         super().__init__()
         self.limit = config.swiglu_limit
         sizes = config.hidden_size, config.moe_intermediate_size
         self.gate = Gate(config, layer)
-        self.experts = ExpertWeights((config.n_routed_experts,), *sizes, fp4=fp4_experts(config))
+        self.experts = (
+            PackedExperts(config.n_routed_experts, *sizes)
+            if packed
+            else ExpertWeights((config.n_routed_experts,), *sizes, fp4=fp4_experts(config))
+        )
         self.shared_experts = ExpertWeights((), *sizes)
 
     def forward(self, x_TH: Tensor, tokens_T: Tensor | RoutedTokens) -> Tensor:
@@ -395,10 +399,10 @@ class HyperConnection(nn.Module):
 class Block(nn.Module):
     """Attention and experts, each between an mHC collapse and an mHC expansion."""
 
-    def __init__(self, config: DeepseekV4Config, layer: int) -> None:
+    def __init__(self, config: DeepseekV4Config, layer: int, packed: bool = False) -> None:
         super().__init__()
         self.attn = Attention(config, layer)
-        self.ffn = MixtureOfExperts(config, layer)
+        self.ffn = MixtureOfExperts(config, layer, packed)
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_attn = HyperConnection(config)

@@ -9,6 +9,7 @@ left padding and for packing: https://github.com/huggingface/transformers/issues
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -19,9 +20,11 @@ from transformers import DeepseekV4Config, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from posttrain import kernels
+from posttrain.kernels.quant.op import pack_rows_mxfp4
 from posttrain.models.deepseek_v4 import checkpoint as checkpoints
 from posttrain.models.deepseek_v4 import chunks
 from posttrain.models.deepseek_v4.auxiliary import Auxiliary, Record, run_layer
+from posttrain.models.deepseek_v4.config import fp4_experts
 from posttrain.models.deepseek_v4.context import AttentionContext, PackedContext
 from posttrain.models.deepseek_v4.layers import Block, Gate, HyperConnection, Linear, RMSNorm, RopeTables
 from posttrain.models.deepseek_v4.routing import RoutedTokens, check_routes, token_ids
@@ -53,16 +56,21 @@ class DeepseekV4PreTrainedModel(PreTrainedModel):
             module.tid2eid.copy_(orders[:, : module.k])
 
 
+EXPERTS = re.compile(r"\.ffn\.experts\.w(13|2)$")
+"""Names of the routed experts' matrices."""
+
+
 class DeepseekV4Model(DeepseekV4PreTrainedModel):
     """The backbone: token ids to the normed hidden states that the head reads."""
 
     auxiliary: Auxiliary | None = None
     """Objectives beside the language-model loss, for forward passes with gradients; None: there are none."""
 
-    def __init__(self, config: DeepseekV4Config) -> None:
+    def __init__(self, config: DeepseekV4Config, packed: bool = False) -> None:
+        """`packed`: routed experts as samplers hold them under `fp4_experts`."""
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer, packed) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         n = config.hc_mult
         self.hc_head_fn = nn.Parameter(torch.empty(n, n * config.hidden_size))
@@ -276,6 +284,16 @@ class DeepseekV4ForCausalLM(DeepseekV4PreTrainedModel, GenerationMixin):
         """Write config.json and safetensors under the released names into `save_directory`."""
         checkpoints.write(self.config, state_dict or self.state_dict(), save_directory)
 
-    def engine_state_dict(self) -> dict[str, Tensor]:
-        """The tensors that a rollout engine's copy of this model loads, by its own names (no copies made)."""
-        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+    def engine_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors that a rollout engine's copy of this model loads, by its own names: views of the model's.
+
+        Experts of `fp4_experts` are rounded here, once for trainer and engines: rows of `pack_rows_mxfp4`.
+
+        Args:
+            state_dict: instead of the model's own.
+        """
+        tensors = {name: tensor.detach() for name, tensor in (state_dict or self.state_dict()).items()}
+        if fp4_experts(self.config):
+            packed = {name: pack_rows_mxfp4(tensor) for name, tensor in tensors.items() if EXPERTS.search(name)}
+            tensors |= packed
+        return tensors

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import sys
+import time
+from dataclasses import replace
 from fractions import Fraction
+from threading import Event
 from typing import Any, Literal
 
 import pytest
@@ -92,6 +96,32 @@ def test_a_call_that_cannot_be_carried_out_says_why(arguments, complaint):
     with pytest.raises(ToolError) as raised:
         function_tool(forecast).run(ToolCall("forecast", arguments))
     assert str(raised.value) == complaint
+
+
+def test_a_call_that_does_not_come_back_is_an_error_for_the_model_and_holds_nobody_up():
+    released = Event()
+
+    def wait(answer: str) -> str:
+        """Wait."""
+        released.wait()
+        return answer
+
+    tool = replace(function_tool(wait), seconds=0.2)
+    began = time.monotonic()
+    observation = ToolUse(QUESTION, [tool]).step(turn_that_calls(ToolCall("wait", {"answer": "late"})))
+    assert time.monotonic() - began < 5
+    released.set()
+    assert [message["content"] for message in observation.messages] == ["Error: wait took longer than 0.2 s"]
+    assert observation.tool_errors == 1
+
+
+def test_a_tool_that_ends_its_thread_ends_no_more_than_that():
+    def leave() -> str:
+        """Leave."""
+        sys.exit("enough")
+
+    with pytest.raises(ToolError, match="SystemExit: enough"):
+        function_tool(leave).run(ToolCall("leave", {}))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,15 @@ from posttrain.data.v4 import ToolCall, with_tools
 from posttrain.errors import BadInput
 from posttrain.observe.metrics import MetricsLog
 from posttrain.recipe import Recipe
-from posttrain.stages.episodes import DomainEpisodes, check_episodes, episodes_of, policy_messages, taught_row
+from posttrain.recipe.conversations import EnvironmentConfig
+from posttrain.stages.episodes import (
+    DomainEpisodes,
+    check_episodes,
+    episodes_of,
+    policy_messages,
+    taught_row,
+    tools_of,
+)
 from posttrain.stages.scoring import DomainRewards
 from posttrain.stages.sft import check_conversations, conversations_of
 from rollouts.environments import Observation, SingleTurn, ToolUse, calculator, function_tool, schema_tool
@@ -96,6 +104,12 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("tokenizer")
     TOKENIZER.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, 10.0), ({"tool_seconds": 2.5}, 2.5)])
+def test_the_recipe_says_how_long_a_call_may_take(given: dict[str, Any], seconds: float) -> None:
+    config = EnvironmentConfig.model_validate({"tools": ["calculator"], **given})
+    assert [tool.seconds for tool in tools_of("sums", config)] == [seconds]
 
 
 def test_a_tool_domains_episodes_travel_and_other_domains_have_none(

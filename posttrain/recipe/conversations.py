@@ -15,6 +15,8 @@ class EnvironmentConfig(Section):
     tools: list[str] = []
     """`calculator`, or `package.module:name` of a function or of a `rollouts.environments.Tool`. The first turn that
     calls none ends the episode."""
+    tool_seconds: float | None = Field(None, gt=0)
+    """How long a call may take; one that takes longer is an error that the model reads. Default: the tool's own, 10."""
     factory: str | None = None
     """`package.module:function`, which makes the environment of a problem."""
     turns: int = Field(4, ge=1)

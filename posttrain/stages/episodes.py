@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,15 @@ MEASURED_PROBLEMS = 16
 
 
 @cache
-def _tool(name: str, where: str) -> Tool:
-    return named_tool(name, where)
+def _tool(name: str, where: str, seconds: float | None) -> Tool:
+    tool = named_tool(name, where)
+    return tool if seconds is None else replace(tool, seconds=seconds)
 
 
 def tools_of(domain: str, config: EnvironmentConfig) -> list[Tool]:
     """The tools of a domain; raises BadInput for one that cannot be imported."""
-    return [_tool(name, f"domains.{domain}.environment.tools[{index}]") for index, name in enumerate(config.tools)]
+    where = f"domains.{domain}.environment.tools"
+    return [_tool(name, f"{where}[{index}]", config.tool_seconds) for index, name in enumerate(config.tools)]
 
 
 def make_environment(config: EnvironmentConfig, problem: Problem) -> Environment:

@@ -7,6 +7,7 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from posttrain.data.v4 import ToolCall
@@ -40,6 +41,8 @@ class Tool:
     parameters: Mapping[str, Any]
     """A JSON schema of type object. Checked of it: which parameters there are and must be, their types and enums."""
     function: Callable[..., Any]
+    seconds: float = 10.0
+    """How long a call may take. One that takes longer is told to the model as an error, and left to itself."""
 
     def schema(self) -> dict[str, Any]:
         """In OpenAI's form, for a message's `tools`."""
@@ -50,19 +53,37 @@ class Tool:
         """The function's result as text: strings as they are, everything else as JSON where it can be.
 
         Raises:
-            ToolError: arguments that do not fit the schema, or whatever the function raised.
+            ToolError: arguments that do not fit the schema, whatever the function raised, or no result in time.
         """
         self._check(call.arguments)
-        try:
-            result = self.function(**call.arguments)
-        except Exception as error:  # the function may be anybody's; its failure is for the model to deal with
-            raise ToolError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        result = self._result(call.arguments)
         if isinstance(result, str):
             return result
         try:
             return to_json(result)
         except (TypeError, ValueError):
             return str(result)
+
+    def _result(self, arguments: Mapping[str, Any]) -> Any:
+        """In a thread of its own: Python cannot end a function, but it need not wait for one."""
+        results: list[Any] = []
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                results.append(self.function(**arguments))
+            except BaseException as error:
+                errors.append(error)
+
+        thread = Thread(target=call, name=f"tool-{self.name}", daemon=True)
+        thread.start()
+        thread.join(self.seconds)
+        if errors:
+            error = errors[0]
+            raise ToolError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        if not results:
+            raise ToolError(f"{self.name} took longer than {self.seconds:g} s")
+        return results[0]
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         properties = self.parameters.get("properties", {})

@@ -38,6 +38,14 @@ def tokens_of(slot, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def swiglu(gate, up, limit):
+    """`silu(min(gate, limit)) · clamp(up, ±limit)`."""
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _left(rows_at, valid, start, INNER: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr):
     """`[M, K]` of rows that stand anywhere."""
     k = start + tl.arange(0, BLOCK_K)
@@ -144,9 +152,7 @@ def gate_up_kernel(
             kept_up = tl.where(up > limit, float("inf"), tl.where(up < -limit, float("-inf"), up))
             tl.store(hidden_at + at, kept_gate.to(hidden_SJ.dtype.element_ty), mask=mask)
             tl.store(hidden_at + INNER + at, kept_up.to(hidden_SJ.dtype.element_ty), mask=mask)
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        act = gate / (1.0 + tl.exp(-gate)) * up
+        act = swiglu(gate, up, limit)
         act_at = act_SI + (first.to(tl.int64) * INNER + n0)
         at = local[:, None] * INNER + tl.arange(0, BLOCK_N)[None, :]
         tl.store(act_at + at, act.to(act_SI.dtype.element_ty), mask=mask)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.moe.triton_grouped import slots_of, tokens_of
+from posttrain.kernels.moe.triton_grouped import slots_of, swiglu, tokens_of
 from posttrain.kernels.moe.triton_plan import Plan, find_tile, make_plan
 from posttrain.kernels.moe.triton_route import INTERPRETED
 from posttrain.kernels.quant.triton import decode, power
@@ -120,9 +120,7 @@ def gate_up_kernel(
         b = _matrix(w13, gate_at + INNER, start, n0, HIDDEN, INNER, BLOCK_N, BLOCK_K, BF16)
         gate = tl.dot(a, x, gate, input_precision="ieee")
         up = tl.dot(b, x, up, input_precision="ieee")
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    act = gate / (1.0 + tl.exp(-gate)) * up
+    act = swiglu(gate, up, limit)
     n = n0 + tl.arange(0, BLOCK_N)
     at = act_SI + row.to(tl.int64)[None, :] * INNER + n[:, None]
     tl.store(at, act.to(act_SI.dtype.element_ty), mask=valid[None, :] & (n < INNER)[:, None])

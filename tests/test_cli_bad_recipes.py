@@ -51,14 +51,19 @@ MISSING_KEYS: list[Case] = [
     ({"model": REMOVED}, "model", ["required and missing"]),
     ({"domains": REMOVED}, "domains", ["required and missing"]),
     ({"stages": REMOVED}, "stages", ["required and missing"]),
-    ({"stages.experts": REMOVED}, "stages.experts", ["required and missing"]),
+    ({"stages.experts": REMOVED}, "stages.student.teachers.sums", ["is missing", "name a checkpoint"]),
     ({"domains.sums.source": REMOVED}, "domains.sums.source", ["required and missing"]),
     ({"stages.experts.per_domain[0].kind": REMOVED}, "stages.experts.per_domain[0].kind", ["missing", "sft, grpo"]),
     ({"model.config": REMOVED}, "model", ["exactly one of `config`"]),
     ({"domains": {}}, "domains", ["at least 1 domain"]),
     ({"domains.sums.reward": []}, "domains.sums.reward", ["at least 1 entry"]),
-    ({"stages.experts.per_domain": []}, "stages.experts.per_domain", ["at least 1 entry"]),
-    ({"stages.experts.overrides": {"sums": []}}, "stages.experts.overrides.sums", ["at least 1 entry"]),
+    ({"stages.experts.per_domain": []}, "stages.student.teachers.sums", ["is missing", "name a checkpoint"]),
+    ({"stages.experts.overrides": {"sums": []}}, "stages.student.teachers.sums", ["is missing", "name a checkpoint"]),
+    (
+        {"stages.experts.per_domain": [], "stages.student": None},
+        "stages.experts.per_domain",
+        ["is empty, and there is no student"],
+    ),
 ]
 WRONG_TYPES: list[Case] = [
     ({"name": 5}, "name", ["expected text, got 5", "quote it"]),

@@ -11,7 +11,7 @@ from posttrain.errors import BadInput
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.recipe.graph import stage_tree
 from posttrain.recipe.student import GuardsConfig, TeacherConfig
-from tests.recipe_kit import recipe_with, write_recipe
+from tests.recipe_kit import REMOVED, recipe_with, write_recipe
 
 
 def with_student(changes: dict[str, Any]) -> Recipe:
@@ -42,6 +42,49 @@ def test_teachers_may_be_other_experts_and_checkpoints(tmp_path: Path) -> None:
     assert names[0] == "teacher: expert/words/grpo for sums"
     assert names[1] == f"teacher: {tmp_path / 'big'} for sums"
     assert names[3] == "teacher: expert/words/grpo"
+
+
+def test_a_domain_without_stages_has_no_expert_and_other_teachers(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text("{}")
+    big = [{"checkpoint": "big"}]
+    written = {"stages.experts.overrides": {"sums": []}, "stages.student.teachers": {"sums": big}}
+    recipe = load_recipe(write_recipe(tmp_path / "some.yaml", written))
+    assert recipe.experts == ["words"]
+    assert recipe.stage_names() == ["base", "expert/words/sft", "expert/words/grpo", "student"]
+    written = {"stages.experts": REMOVED, "stages.student.teachers": {"sums": big, "words": big}}
+    recipe = load_recipe(write_recipe(tmp_path / "none.yaml", written))
+    assert recipe.experts == []
+    assert recipe.stage_names() == ["base", "student"]
+    assert [str(node.label) for node in stage_tree(recipe).children[0].children] == [
+        "student: reverse_kl, 10 steps of 64 samples of its own"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": {"sums": [{"expert": "words"}]}}, r"stages.student.teachers.words: is missing"),
+        (
+            {"teachers": {"sums": [{"checkpoint": "x"}], "words": [{"expert": "sums"}]}},
+            r"teachers.words\[0\].expert: sums has no expert: stages.experts gives it no stages",
+        ),
+        (
+            {"teachers": {name: [{"checkpoint": "x"}] for name in ("sums", "words")}, "warm_start": {"steps": 2}},
+            r"stages.student.warm_start: learns from experts of this run, and sums has none",
+        ),
+        (
+            {"teachers": {name: [{"checkpoint": "x"}] for name in ("sums", "words")}, "init": "average"},
+            r"stages.student.init: must be base: there are no experts to merge",
+        ),
+    ],
+)
+def test_what_needs_an_expert_is_refused_where_there_is_none(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    written = {f"stages.student.{key}": value for key, value in changes.items()}
+    with pytest.raises(BadInput, match=message):
+        load_recipe(write_recipe(tmp_path / "small.yaml", {**written, "stages.experts": REMOVED}))
 
 
 def test_the_tree_says_when_teachers_teach() -> None:

@@ -17,6 +17,7 @@ def check_parts(recipe: Recipe) -> None:
     """Raise pydantic's error, with the key that it belongs to, for the first thing that does not fit."""
     _check_domains_named(recipe)
     _check_joint(recipe)
+    _check_experts(recipe)
     _check_judges(recipe)
     _check_judge_evaluations(recipe)
     _check_engine(recipe)
@@ -82,6 +83,33 @@ def _check_joint(recipe: Recipe) -> None:
     for where, domain in named.items():
         if domain in owners:
             raise wrong(where, f"{domain} has no expert of its own: that of {owners[domain]} learns it")
+
+
+def _check_experts(recipe: Recipe) -> None:
+    """What needs an expert has one; a domain without one has other teachers."""
+    stages = recipe.stages
+    if not recipe.experts and stages.student is None:
+        raise wrong("stages.experts.per_domain", "is empty, and there is no student: give the experts stages")
+    if stages.student is None:
+        return
+    without = [domain for domain in recipe.domains if recipe.expert_of(domain) not in recipe.experts]
+    for domain in without:
+        if domain not in stages.student.teachers:
+            raise wrong(
+                f"stages.student.teachers.{domain}",
+                "is missing: stages.experts gives this domain no expert, so name a checkpoint that teaches it",
+            )
+    for domain, teachers in stages.student.teachers.items():
+        for index, teacher in enumerate(teachers):
+            if teacher.expert in without:
+                raise wrong(
+                    f"stages.student.teachers.{domain}[{index}].expert",
+                    f"{teacher.expert} has no expert: stages.experts gives it no stages",
+                )
+    if without and stages.student.warm_start is not None:
+        raise wrong("stages.student.warm_start", f"learns from experts of this run, and {without[0]} has none")
+    if not recipe.experts and stages.student.init != "base":
+        raise wrong("stages.student.init", "must be base: there are no experts to merge")
 
 
 def _check_judges(recipe: Recipe) -> None:

@@ -199,7 +199,7 @@ class Recipe(Section):
     @property
     def experts(self) -> list[str]:
         """The domains that have an expert of their own."""
-        return [domain for domain in self.domains if self.expert_of(domain) == domain]
+        return [name for name in self.domains if self.expert_of(name) == name and self.expert_stages(name)]
 
     def expert_of(self, domain: str) -> str:
         """The expert that learns a domain: its own, or the one that learns it beside another."""

@@ -307,12 +307,12 @@ def _each_kind_once(stages: list[ExpertStage]) -> list[ExpertStage]:
     return stages
 
 
-ExpertStages = Annotated[list[ExpertStage], Field(min_length=1), AfterValidator(_each_kind_once)]
+ExpertStages = Annotated[list[ExpertStage], AfterValidator(_each_kind_once)]
 
 
 class ExpertsConfig(Section):
-    per_domain: ExpertStages
-    """The stages that grow an expert, in order."""
+    per_domain: ExpertStages = []
+    """The stages that grow an expert, in order. A domain without any has no expert: its teachers are checkpoints."""
     overrides: dict[str, ExpertStages] = {}
     """Another list of stages for single domains."""
     joint: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
@@ -323,5 +323,5 @@ class ExpertsConfig(Section):
 class StagesConfig(Section):
     base: SftStage | None = None
     """Mixed-domain SFT from the initial weights; absent: the initial weights are the base."""
-    experts: ExpertsConfig
+    experts: ExpertsConfig = ExpertsConfig()
     student: OpdStage | None = OpdStage()

@@ -448,7 +448,7 @@ def test_processes_are_told_apart_by_their_command_lines() -> None:
         "ray::Trainer.train": "actor Trainer",
         "ray::Trainer": "actor Trainer",
         "ray::IDLE": "Ray idle workers",
-        "ray::DashboardAgent": "Ray dashboard",
+        "ray::DashboardAgent": "Ray",
         "ray-dashboard-StateHead-0 (/x/bin/python -B -c": "Ray dashboard",
         "/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp/ray/session_1": "Ray",
         "/x/bin/python -u /x/ray/_private/log_monitor.py --session-dir=/tmp": "Ray",

@@ -193,11 +193,14 @@ def process_kind(pid: int, root_pid: int) -> str:
 
 def kind_of_command(command: str) -> str:
     """The kind of process that `command` (a command line, or the title a process gave itself) stands for."""
+    # DashboardAgent, in spite of its name, is on every node, with the dashboard or without.
+    if command.startswith(("ray::RuntimeEnvAgent", "ray::DashboardAgent")):
+        return "Ray"
     if "dashboard" in command.lower() or re.search(r"forkserver.*'ray\.dashb", command):
         return "Ray dashboard"
     if command.startswith("ray::IDLE"):
         return "Ray idle workers"
-    if command.startswith("ray::RuntimeEnvAgent") or re.search(r"/ray/(core/src/ray|_private|autoscaler)/", command):
+    if re.search(r"/ray/(core/src/ray|_private|autoscaler)/", command):
         return "Ray"
     if command.startswith("ray::"):
         return "actor " + re.split(r"[.\s(]", command.removeprefix("ray::"), maxsplit=1)[0]

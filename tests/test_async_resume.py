@@ -14,7 +14,7 @@ from tests.pipeline_kit import Command, contents, records, steps_of
 
 STAGE = "expert/sums/grpo"
 STEPS = 6
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "resumed",
     "model": {"family": "deepseek_v4", "config": "tiny"},
     "cluster": {"dashboard": False},

@@ -13,27 +13,24 @@ import yaml
 from posttrain.data import Problem
 from rollouts.log import recover
 from tests.pipeline_kit import Command, contents, records, steps_of
+from tests.test_async_resume import RECIPE as RESUMED
 from tests.test_async_resume import losses, tokens_sampled, until_nothing_runs
 
 STAGE = "expert/sums/grpo"
 STEPS = 5
+SUMS = RESUMED["domains"]["sums"]
 RECIPE: dict[str, Any] = {
+    **RESUMED,
     "name": "judged",
-    "model": {"family": "deepseek_v4", "config": "tiny"},
-    "cluster": {"dashboard": False},
-    "rollout": {
-        "max_model_len": 64, "max_num_seqs": 16, "max_num_batched_tokens": 512, "kv_cache_mib": 16,
-        "mode": "async", "deterministic": True,
-    },
     "domains": {
         "sums": {
-            "source": {"reasoning_gym": "chain_sum", "params": {"max_terms": 2}, "prompt": "{metadata[expression]}="},
+            **SUMS,
             "reward": [
                 {"exact": {"weight": 0}},
                 {"rubric": {"judge": {"actor": "verdicts", "votes": 3},
                             "criteria": [{"criterion": "it is right", "points": 1}]}},
             ],
-            "train": 40, "selection": 1, "holdout": 4, "max_new_tokens": 12,
+            "holdout": 4, "max_new_tokens": 12,
         },
         "verdicts": {
             "source": {"judging": {"domain": "sums", "prompt": "{question}{answer}?"}},

@@ -118,6 +118,9 @@ def main(arguments: list[str]) -> None:
     else:
         size = "--size", options.size
         ours, found = (alone("benchmarks.gpu.published", which, *size) for which in ("published", "loaded"))
+        for one in (ours, found):
+            if "error" in one:
+                sys.exit(one["error"])
         theirs = found["scores"]
         first, second, _, again = ours.pop("scores")
         results = ours | {

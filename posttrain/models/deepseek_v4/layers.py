@@ -335,8 +335,9 @@ class ExpertWeights(nn.Module):
     @torch.no_grad()
     def round_masters(self) -> None:
         """Make the masters what tokens meet, in a model that nobody trains."""
-        for name, matrix in zip(("w13", "w2"), self.matrices(), strict=True):
-            getattr(self, name).copy_(matrix)
+        if self.fp4:
+            for master, matrix in zip((self.w13, self.w2), self.matrices(), strict=True):
+                master.copy_(matrix)
         self.fp4 = False
 
 

@@ -294,6 +294,5 @@ class DeepseekV4ForCausalLM(DeepseekV4PreTrainedModel, GenerationMixin):
         """
         tensors = {name: tensor.detach() for name, tensor in (state_dict or self.state_dict()).items()}
         if fp4_experts(self.config):
-            packed = {name: pack_rows_mxfp4(tensor) for name, tensor in tensors.items() if EXPERTS.search(name)}
-            tensors |= packed
+            tensors |= {name: pack_rows_mxfp4(tensor) for name, tensor in tensors.items() if EXPERTS.search(name)}
         return tensors

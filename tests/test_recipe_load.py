@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from posttrain.errors import BadInput
@@ -224,6 +224,7 @@ def _paths(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | i
     return [*([prefix] if prefix else []), *below]
 
 
+@example(("stages", "experts", "per_domain"), [])
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(_paths(SMALL)),

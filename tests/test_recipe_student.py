@@ -64,7 +64,10 @@ def test_a_domain_without_stages_has_no_expert_and_other_teachers(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teachers": {"sums": [{"expert": "words"}]}}, r"stages.student.teachers.words: is missing"),
+        (
+            {"teachers": {"sums": [{"expert": "words"}]}},
+            r"stages.experts.per_domain: has no stage, so words has no expert",
+        ),
         (
             {"teachers": {"sums": [{"checkpoint": "x"}], "words": [{"expert": "sums"}]}},
             r"teachers.words\[0\].expert: sums has no expert: stages.experts gives it no stages",

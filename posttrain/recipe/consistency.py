@@ -95,9 +95,12 @@ def _check_experts(recipe: Recipe) -> None:
     without = [domain for domain in recipe.domains if recipe.expert_of(domain) not in recipe.experts]
     for domain in without:
         if domain not in stages.student.teachers:
+            owner = recipe.expert_of(domain)
+            key = f"overrides.{owner}" if owner in stages.experts.overrides else "per_domain"
             raise wrong(
+                f"stages.experts.{key}",
+                f"has no stage, so {domain} has no expert: give it stages, or name a checkpoint that teaches it in "
                 f"stages.student.teachers.{domain}",
-                "is missing: stages.experts gives this domain no expert, so name a checkpoint that teaches it",
             )
     for domain, teachers in stages.student.teachers.items():
         for index, teacher in enumerate(teachers):

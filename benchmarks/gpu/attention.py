@@ -18,8 +18,7 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import copy_ceiling, matmul_ceiling, peak_bytes, seconds
 from posttrain import kernels
-from posttrain.kernels.attention import oracle
-from posttrain.kernels.attention import triton as forward
+from posttrain.kernels.attention import hopper, oracle
 from posttrain.kernels.attention import triton_backward as backward
 
 HEADS, DIM, WINDOW, TOPK, RATE = 64, 512, 128, 512, 4
@@ -176,14 +175,10 @@ def set_to(module: Any, name: str, value: object) -> Iterator[None]:
 
 def variants(tokens: int) -> dict[str, float]:
     """Seconds with other tiles than those in use: what to look at when Triton or the GPU changes."""
-    copies, split = forward.NARROW, backward.NARROW
+    split = backward.NARROW
     trials: dict[str, tuple[Any, str, object]] = {
-        "forward": (forward, "NARROW", copies),
-        "forward, 16 warps": (forward, "NARROW", dataclasses.replace(copies, warps=16)),
-        "forward, 32 entries, 5 stages": (
-            *(forward, "NARROW"),
-            dataclasses.replace(copies, entries=32, stages=5),
-        ),
+        "forward": (hopper, "WARPS", hopper.WARPS),
+        "forward, Triton's pipeline": (hopper, "serves", lambda _: False),
         "backward, chunks of 4 GiB": (backward, "CHUNK_BYTES", 2**32),
         "backward": (backward, "NARROW", split),
         "backward, 64 for queries": (
@@ -199,7 +194,7 @@ def variants(tokens: int) -> dict[str, float]:
     for name, (module, constant, value) in trials.items():
         with set_to(module, constant, value):
             try:
-                if module is forward:
+                if module is hopper:
                     with torch.no_grad():
                         found[name] = seconds(lambda: kernels.sparse_attention(q, sources, sink, SCALE), 7, 2)
                 else:

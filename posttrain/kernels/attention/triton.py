@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.attention import triton_backward
+from posttrain.kernels.attention import hopper, triton_backward
 from posttrain.kernels.attention.triton_parts import INTERPRETED, UNITS, Entries, head_tile, places, product, row_width
 from posttrain.kernels.compiled import differentiable
 
@@ -43,7 +43,7 @@ class Tiles:
 
 
 # A block's scores read all queries from shared memory, however few entries it has, and its steps wait for each other:
-# 64 entries at once rather than 32 in more stages. Measured: docs/kernels/attention.md.
+# 64 entries at once rather than 32 in more stages.
 NARROW = Tiles(entries=64, warps=8, stages=3, stages_wide=1)
 SINGLE = Tiles(entries=16, warps=4, stages=1, stages_wide=1)
 
@@ -177,6 +177,8 @@ def attend(q_THD: Tensor, sink_H: Tensor, scale: float, entries: Entries) -> tup
         sink_H: contiguous.
     """
     tokens, heads, dim = q_THD.shape
+    if tokens and hopper.serves(q_THD):
+        return hopper.attend(q_THD, sink_H, scale, entries)
     out_THD, lse_TH = torch.empty_like(q_THD), q_THD.new_empty(tokens, heads, dtype=torch.float32)
     tiles = SINGLE if q_THD.dtype is torch.float32 else NARROW
     tile = head_tile(heads, q_THD.dtype)

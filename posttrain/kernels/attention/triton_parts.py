@@ -73,13 +73,3 @@ def places(start, count_a, start_b, end, columns_a, BLOCK: tl.constexpr):
     k = tl.arange(0, BLOCK)
     first = start < start_b
     return tl.where(first, start, start - start_b + columns_a) + k, start + k < tl.where(first, count_a, end)
-
-
-@triton.jit
-def read_piece(row_at, inside, c: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, dtype: tl.constexpr):
-    """Channels from `c` on of those rows that exist, else zeros."""
-    piece = tl.zeros([inside.shape[0], PIECE], dtype)
-    if c < DIM:
-        there = inside[:, None] & (tl.arange(0, PIECE) < DIM - c)[None, :]
-        piece = tl.load(row_at + c, mask=there, other=0.0).to(dtype)
-    return piece

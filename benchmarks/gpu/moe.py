@@ -90,6 +90,7 @@ def stages(inputs: Inputs) -> dict[str, dict[str, float]]:
     plan = make_plan(chosen, EXPERTS, tiles, moe.ROWS[tiles])
     act, hidden = moe.gate_up(x, w13, plan, LIMIT, True)
     dhidden, dact = torch.empty_like(hidden), torch.empty_like(act)
+    sum13, sum2 = torch.zeros_like(w13), torch.zeros_like(w2)
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "plan": (0, lambda: make_plan(chosen, EXPERTS, tiles, moe.ROWS[tiles])),
         "gate_up": (2, lambda: moe.gate_up(x, w13, plan, LIMIT, True)),
@@ -98,6 +99,8 @@ def stages(inputs: Inputs) -> dict[str, dict[str, float]]:
         "act_gradient": (1, lambda: moe.act_gradient(x, w2, hidden, weights, plan, LIMIT, dhidden, dact)),
         "dw2": (1, lambda: moe.weight_gradient(x, dact, plan, (True, False))),
         "dw13": (2, lambda: moe.weight_gradient(dhidden, x, plan, (False, True))),
+        "dw2_added": (1, lambda: moe.weight_gradient(x, dact, plan, (True, False), sum2)),
+        "dw13_added": (2, lambda: moe.weight_gradient(dhidden, x, plan, (False, True), sum13)),
         "dx_and_combine": (2, lambda: moe.multiply_and_combine(dhidden, w13, False, plan, chosen, None)),
     }
     results = {}

@@ -84,6 +84,10 @@ TILES = {
 WEIGHT_TILES = {2: (128, Tiles(128, 64, 8, 3, turns=8)), 4: (64, Tiles(64, 32, 4, 2))}
 """Of weight gradients, by bytes of a number: rows of a tile, and the rest; `inner` are an expert's rows."""
 
+ADDING_TILES = {2: (64, Tiles(128, 64, 4, 3, turns=4)), 4: WEIGHT_TILES[4]}
+"""The same where they are added to what is there: several programs on a multiprocessor, so that while one waits for the
+old numbers another multiplies."""
+
 
 def tiles_for(rows: int, experts: int, dtype: torch.dtype) -> str:
     """Large tiles read the experts' matrices least often; small ones waste less where an expert has few rows.
@@ -199,13 +203,13 @@ def weight_gradient(
     """
     m, n = left.shape[1], right.shape[1]
     out_EMN = left.new_empty(plan.experts, m, n) if total_EMN is None else total_EMN
-    rows, tiles = WEIGHT_TILES[left.element_size()]
+    rows, tiles = (WEIGHT_TILES if total_EMN is None else ADDING_TILES)[left.element_size()]
     rows = min(rows, max(16, triton.next_power_of_2(m)))
     sizes = tiles.fitted(n, tiles.inner)
     # The copy engine leaves out columns that do not exist; a row too many would be the next expert's.
-    out, described = _matrices(out_EMN, [rows, sizes["BLOCK_N"]], m % rows == 0)
+    matrices, described = _matrices(out_EMN, [rows, sizes["BLOCK_N"]], m % rows == 0)
     weight_gradient_kernel[(plan.experts * triton.cdiv(m, rows) * _parts(n, sizes),)](
-        *(left, right, out, plan.order_S, plan.starts_F),
+        *(left, right, out_EMN, matrices, plan.order_S, plan.starts_F),
         M=m,
         N=n,
         LEFT_SLOTS=plan.slots if by_token[0] else 0,

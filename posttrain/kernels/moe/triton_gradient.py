@@ -84,6 +84,7 @@ def weight_gradient_kernel(
     left,
     right,
     out_EMN,
+    described,
     order,
     starts,
     M: tl.constexpr,
@@ -98,9 +99,10 @@ def weight_gradient_kernel(
     ADD: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """`out[e] = leftᵀ · right` over the rows of expert `e` in their order; zeros where it has none. Or `out[e] +=`.
+    """`out[e] = leftᵀ · right` over the rows of expert `e` in their order; zeros where it has none.
 
-    The copy engine adds in memory, each number once in a launch: so there is no order to depend on.
+    `ADD`: what is there is added to the sum before it is rounded. (The copy engine can add in memory, but takes longer
+    for bf16 than reading and storing do: docs/kernels/moe.md.) `DESCRIBED`: `described` is `out` for the copy engine.
 
     A side with slots is `[T, width]` and read by token, the other is `[S, width]`. A program computes `TURNS` tiles
     beside one another. The copy engine stores one while the next one is computed: an expert's sums are so short
@@ -131,19 +133,12 @@ def weight_gradient_kernel(
             sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
         if step == steps - 1:
+            m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+            at = out_EMN + expert.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
+            mask = (m < M)[:, None] & (n < N)[None, :]
+            if ADD:
+                sums += tl.load(at, mask=mask, other=0.0).to(tl.float32)
             if DESCRIBED:
-                if not ADD:
-                    out_EMN.store([expert * M + m0, n0], sums.to(out_EMN.dtype))
-                elif WIDEN:  # the interpreter has no addition in memory; it rounds the product likewise
-                    before = out_EMN.load([expert * M + m0, n0]).to(tl.float32)
-                    after = before + sums.to(out_EMN.dtype).to(tl.float32)
-                    out_EMN.store([expert * M + m0, n0], after.to(out_EMN.dtype))
-                else:
-                    out_EMN.atomic_add([expert * M + m0, n0], sums.to(out_EMN.dtype))
+                described.store([expert * M + m0, n0], sums.to(described.dtype))
             else:
-                m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-                at = out_EMN + expert.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
-                mask = (m < M)[:, None] & (n < N)[None, :]
-                if ADD:
-                    sums += tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 tl.store(at, sums.to(out_EMN.dtype.element_ty), mask=mask)

@@ -25,8 +25,8 @@ PSS_SECONDS = 60.0
 """PSS is read from the kernel's page tables (milliseconds a process), so it is taken this often..."""
 PSS_GROWTH = 1.05
 """...and whenever the summed RSS passes its largest value at a PSS reading by this factor."""
-SHARE = 0.005
-"""Of a core, that sampling may take: half a percent."""
+SHARE = 0.003
+"""Of a core, that sampling may take."""
 
 ProcessKey = tuple[int, int]
 """(pid, start time in clock ticks): the kernel uses pids again."""

@@ -126,6 +126,16 @@ WRONG_VALUES: list[Case] = [
     ({"model": {"family": "hf", "config": {"model_type": "qwen3"}}}, "rollout.engine", ["must be vllm"]),
     ({"model.checkpoint": "somewhere"}, "model", ["exactly one of"]),
     ({"domains.sums.environment": {}}, "domains.sums.environment", ["give either `tools` or `factory`"]),
+    (
+        {"domains.sums.environment": {"factory": "rollouts.environments:SingleTurn", "tool_seconds": 3}},
+        "domains.sums.environment.tool_seconds",
+        ["bounds calls of `tools`"],
+    ),
+    (
+        {"domains.sums.environment": {"factory": "rollouts.environments:SingleTurn", "describe": False}},
+        "domains.sums.environment.describe",
+        ["is about `tools`"],
+    ),
     ({"domains.sums.environment": {"tool": []}}, "domains.sums.environment.tool", ["did you mean `tools`"]),
     (
         {"domains.sums.environment": {"tools": ["calculator"], "turn_tokens": 9}},

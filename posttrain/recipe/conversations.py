@@ -34,6 +34,10 @@ class EnvironmentConfig(Section):
     def _one_kind(self) -> EnvironmentConfig:
         if bool(self.tools) == (self.factory is not None):
             raise wrong("", "give either `tools` or `factory`")
+        if self.factory is not None and self.tool_seconds is not None:
+            raise wrong("tool_seconds", "bounds calls of `tools`; an environment from `factory` calls its own")
+        if self.factory is not None and not self.describe:
+            raise wrong("describe", "is about `tools`; an environment from `factory` says itself what the model reads")
         for index, name in enumerate(self.tools):
             if name in self.tools[:index]:
                 raise wrong(f"tools[{index}]", f"{name} is there twice")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import BadInput, RunFailed
+from rollouts.core import EngineCore
 from rollouts.masks import KEY as MASK_KEY
 from rollouts.masks import MaskCapture, joined_masks, masks_of_tokens
 from rollouts.routes import KEY as ROUTES_KEY
@@ -69,6 +70,7 @@ class Engine:
         # vLLM collects garbage again and again while it starts, through all that was imported (1.3 s).
         gc.freeze()
         self._llm = LLM(**_engine_arguments(settings))
+        self._core = EngineCore(self._llm.llm_engine)
         self._weights = standing_weights(self._llm, settings.kind, settings.description)
         self.info = EngineInfo(
             vocab_size=self._llm.model_config.get_vocab_size(),
@@ -96,7 +98,7 @@ class Engine:
         if version <= self._highest_version:
             raise RunFailed(f"weights of version {version} after version {self._highest_version}: versions must grow")
         self.version = None
-        self._llm.llm_engine.abort_request(list(self._samples))
+        self._core.abort(list(self._samples))
         if checksums is None:
             checksums = {name: checksum_of(tensor) for name, tensor in weights.items()}
         verification = self._weights.load(weights, checksums)
@@ -152,7 +154,7 @@ class Engine:
     def abort(self, ids: Iterable[str]) -> None:
         """Forget samples; unknown ids are fine."""
         known = [sample_id for sample_id in ids if self._samples.pop(sample_id, None)]
-        self._llm.llm_engine.abort_request(known)
+        self._core.abort(known)
         if self._routes is not None:
             self._routes.forget(known)
         if self._masks is not None:
@@ -167,12 +169,15 @@ class Engine:
         """One step of continuous batching: a token for each running sample whose prompt is in the cache."""
         assert self.version is not None
         steps = []
-        outputs = self._llm.llm_engine.step()
+        outputs = list(self._core.step())
         if self._routes is not None:
             self._routes.collect()
         for output in outputs:
-            new = _new_tokens(output, len(self._samples[output.request_id].token_ids), self.version)
-            self._samples[new.id].token_ids.extend(new.token_ids)
+            token_ids = self._samples[output.name].token_ids
+            new = NewTokens(
+                output.name, len(token_ids), output.token_ids, output.logprobs, self.version, output.finish_reason
+            )
+            token_ids.extend(new.token_ids)
             if self._routes is not None:
                 new.routes = self._routes.take(new.id)
             if self._masks is not None:
@@ -240,7 +245,7 @@ class Engine:
         ]
         prompts_given = [TokensPrompt(prompt_token_ids=text) for text in texts]
         # vLLM would step the samples in progress as well, and drop their tokens.
-        self._llm.llm_engine.abort_request(list(self._samples))
+        self._core.abort(list(self._samples))
         try:
             outputs = self._llm.generate(prompts_given, params, use_tqdm=False)
         finally:
@@ -273,8 +278,6 @@ class Engine:
     def _enter(self, sample: SampleRequest) -> None:
         """Hand a sample to vLLM, whose prompt then is everything so far."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
 
         sampling = sample.sampling
         params = SamplingParams(
@@ -285,7 +288,6 @@ class Engine:
             stop_token_ids=[*self._eos_token_ids, *sampling.stop_token_ids],
             logprobs=0,
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
             skip_clone=True,
             # What comes out of the prefix cache passes no router.
             skip_reading_prefix_cache=sampling.routes,
@@ -294,8 +296,7 @@ class Engine:
             }
             or None,
         )
-        prompt = TokensPrompt(prompt_token_ids=[*sample.prompt_ids, *sample.token_ids])
-        self._llm.llm_engine.add_request(sample.id, prompt, params)
+        self._core.add(sample.id, [*sample.prompt_ids, *sample.token_ids], params)
 
 
 def request_seed(seed: int, prompt_index: int, sample_index: int) -> int:
@@ -354,15 +355,6 @@ def check_context(settings: EngineSettings) -> None:
             f"rollout.max_model_len is {settings.max_model_len}, but the model's max_position_embeddings is {allowed}: "
             f"set rollout.max_model_len to {allowed} or less"
         )
-
-
-def _new_tokens(output: RequestOutput, position: int, version: int) -> NewTokens:
-    part = output.outputs[0]
-    token_ids = list(part.token_ids)
-    if part.finish_reason not in (None, "stop", "length") or part.logprobs is None:
-        raise RunFailed(f"vLLM ended request {output.request_id} with {part.finish_reason!r}, not `stop` or `length`")
-    logprobs = [entry[token].logprob for entry, token in zip(part.logprobs, token_ids, strict=True)]
-    return NewTokens(output.request_id, position, token_ids, logprobs, version, part.finish_reason)
 
 
 def _joined(steps: list[NewTokens], prompt_tokens: int, version: int) -> Completion:

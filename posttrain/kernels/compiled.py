@@ -73,21 +73,24 @@ def float_rows(store_SD: Tensor) -> Tensor:
     return store_SD if store_SD.stride(1) == 1 else store_SD.contiguous()
 
 
-def run(kernel: Kernel, *args: Any) -> Any:
-    """Call a kernel with the addresses of tensors, which stay alive meanwhile; None becomes the address 0."""
-    return kernel(*[_address(arg) if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args])
+PLAIN = frozenset((int, float, bool, tuple))
+"""Types of arguments that a kernel gets as they are."""
 
-
-ADDRESSABLE = (torch.float32, torch.int64, torch.bool)
+ADDRESSABLE = frozenset((torch.float32, torch.int64, torch.bool))
 """What kernels read and write through an address; anything else there would be taken for one of these."""
 
 
+def run(kernel: Kernel, *args: Any) -> Any:
+    """Call a kernel with the addresses of tensors, which stay alive meanwhile; None becomes the address 0."""
+    return kernel(*[arg if arg.__class__ in PLAIN else 0 if arg is None else _address(arg) for arg in args])
+
+
 def _address(tensor: Tensor) -> int:
+    if tensor.dtype in ADDRESSABLE and tensor.is_contiguous():
+        return tensor.data_ptr()
     if tensor.dtype not in ADDRESSABLE:
-        raise ValueError(f"a kernel takes tensors of {', '.join(map(str, ADDRESSABLE))}; got {tensor.dtype}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"a kernel needs contiguous memory; got shape {list(tensor.shape)}, strides {tensor.stride()}")
-    return tensor.data_ptr()
+        raise ValueError(f"a kernel takes tensors of {', '.join(sorted(map(str, ADDRESSABLE)))}; got {tensor.dtype}")
+    raise ValueError(f"a kernel needs contiguous memory; got shape {list(tensor.shape)}, strides {tensor.stride()}")
 
 
 class _NoGradient:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from posttrain.kernels import BLOCK, Candidates
 from posttrain.kernels.blocks import round_up
+from posttrain.kernels.compiled import Kernels, dense, has_kernels, run
 from posttrain.models.deepseek_v4.context import Windows
 from rollouts.plugin.caches import CacheLayer, PagedMetadata
+
+cpu = Kernels("rollouts.plugin")
 
 
 class PagedContext:
@@ -44,18 +47,55 @@ class PagedContext:
         pages = self._metadata[cache.name].block_table_RB
         return cache, (cache.tokens_per_row, cache.rows_per_block, pages.data_ptr())
 
-    def _rows(self, cache: CacheLayer, positions: Tensor, request: Tensor) -> Tensor:
-        """Rows of a cache that hold these positions, of any shape led by `request`'s; negative ones: row 0's page."""
-        pages = self._metadata[cache.name]
-        positions = positions.clamp(min=0)
-        request = request.view(-1, *(1,) * (positions.dim() - 1)).expand_as(positions)
-        blocks = pages.block_table_RB[request, positions // pages.block_size]
-        return blocks * cache.rows_per_block + positions % pages.block_size // cache.tokens_per_row
+    def _rows(
+        self,
+        cache: CacheLayer,
+        positions_T: Tensor,
+        request_T: Tensor,
+        span: tuple[int, int] = (0, 1),
+        used: int | None = None,
+    ) -> Tensor:
+        """Rows of a cache that hold, for each token, the positions from the first of `span` to before its second.
+
+        Args:
+            span: relative to the token's position.
+            used: None: what would be before the sequence's start is the row of position 0. Else that is -1, and so is
+                everything from this column on.
+
+        Returns:
+            int64 `[T, columns]`.
+        """
+        pages, columns = self._metadata[cache.name], span[1] - span[0]
+        table_RB, geometry = pages.block_table_RB, (pages.block_size, cache.rows_per_block, cache.tokens_per_row)
+        if has_kernels(positions_T):
+            out_TC = positions_T.new_empty(len(positions_T), columns)
+            tokens = positions_T.contiguous(), request_T.contiguous(), len(positions_T)
+            kept, absent = columns if used is None else used, used is not None
+            table = table_RB.contiguous(), table_RB.shape[1]
+            run(cpu.rows, *tokens, span[0], columns, kept, *table, *geometry, absent, out_TC)
+            return out_TC
+        block_size, rows_per_block, tokens_per_row = geometry
+        offsets_C = torch.arange(*span, device=positions_T.device)
+        positions_TC = positions_T.unsqueeze(1) + offsets_C
+        inside_TC = positions_TC.clamp(min=0)
+        blocks_TC = table_RB[request_T.unsqueeze(1), inside_TC // block_size]
+        rows_TC = blocks_TC * rows_per_block + inside_TC % block_size // tokens_per_row
+        if used is None:
+            return rows_TC
+        return torch.where((positions_TC >= 0) & (offsets_C < span[0] + used), rows_TC, -1)
+
+    def _write(self, store: Tensor, rows_N: Tensor, values_ND: Tensor) -> None:
+        """Values into these rows of a store."""
+        if has_kernels(values_ND) and store.dtype is torch.float32:
+            place = *values_ND.shape, store.data_ptr(), store.stride(0)
+            run(cpu.write, dense(values_ND), rows_N.contiguous(), *place)
+        else:
+            store[rows_N] = values_ND.to(store.dtype)
 
     def _own(self, cache: CacheLayer, key: tuple) -> Tensor:
         """Rows of the new tokens themselves."""
         if ("own", key) not in self._memo:
-            self._memo["own", key] = self._rows(cache, self.positions_T, self._request_T)
+            self._memo["own", key] = self._rows(cache, self.positions_T, self._request_T).squeeze(1)
         return self._memo["own", key]
 
     def _ending(self, rate: int) -> Tensor:
@@ -70,33 +110,32 @@ class PagedContext:
     def _entry_rows(self, cache: CacheLayer, rate: int) -> Tensor:
         """Where the entries of these blocks belong."""
         ending_E = self._ending(rate)
-        return self._rows(cache, self.positions_T[ending_E], self._request_T[ending_E])
+        return self._rows(cache, self.positions_T[ending_E], self._request_T[ending_E]).squeeze(1)
 
     def window(self, name: str, kv_TD: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Write the new tokens' KV, and point at the last `width` tokens of each."""
         cache, key = self._cache(name, "recent")
         store = cache.part(name)
-        store[self._own(cache, key)] = kv_TD.to(store.dtype)
+        self._write(store, self._own(cache, key), kv_TD)
         memo = ("window", width, key)
         if memo not in self._memo:
-            offsets_W = torch.arange(round_up(width), device=store.device) - (width - 1)
-            positions_TW = self.positions_T.unsqueeze(1) + offsets_W
-            rows_TW = self._rows(cache, positions_TW, self._request_T)
-            self._memo[memo] = torch.where((positions_TW >= 0) & (offsets_W <= 0), rows_TW, -1)
+            span = 1 - width, 1 - width + round_up(width)
+            self._memo[memo] = self._rows(cache, self.positions_T, self._request_T, span, width)
         return store, self._memo[memo]
 
     def windows(self, name: str, state_TC: Tensor, rate: int, overlap: bool) -> Windows:
         """Write the new tokens' state, and gather the blocks that end in this call."""
         cache, key = self._cache(name, "recent")
         store = cache.part(name)
-        store[self._own(cache, key)] = state_TC.to(store.dtype)
+        self._write(store, self._own(cache, key), state_TC)
         memo = (rate, overlap, key)
         if memo not in self._blocks:
             ending_E = self._ending(rate)
-            first_E = self.positions_T[ending_E] - (rate - 1)
-            position_EM = first_E.unsqueeze(1) + torch.arange(-rate if overlap else 0, rate, device=store.device)
-            rows_EM = self._rows(cache, position_EM, self._request_T[ending_E])
-            self._blocks[memo] = rows_EM, position_EM >= 0, first_E
+            positions_E = self.positions_T[ending_E]
+            span = 1 - rate * (2 if overlap else 1), 1
+            rows_EM = self._rows(cache, positions_E, self._request_T[ending_E], span)
+            valid_EM = positions_E.unsqueeze(1) + torch.arange(*span, device=store.device) >= 0
+            self._blocks[memo] = rows_EM, valid_EM, positions_E - (rate - 1)
         rows_EM, valid_EM, first_E = self._blocks[memo]
         state_EMC = store.index_select(0, rows_EM.flatten()).view(*rows_EM.shape, store.shape[1])
         return Windows(state_EMC.to(state_TC.dtype), valid_EM, first_E)
@@ -108,7 +147,7 @@ class PagedContext:
         if memo not in self._memo:
             self._memo[memo] = self._entry_rows(cache, rate)
         store = cache.part(name)
-        store[self._memo[memo]] = entries_ED.to(store.dtype)
+        self._write(store, self._memo[memo], entries_ED)
         return store
 
     def candidates(self, name: str, rate: int) -> Candidates:

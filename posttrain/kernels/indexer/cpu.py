@@ -1,4 +1,4 @@
-"""`index_scores` on the CPU: only candidates that exist are read."""
+"""`index_scores` and `index_topk` on the CPU: only candidates that exist are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.kernels.compiled import compiled
-from posttrain.kernels.simd import fill, fma, get, get_integer, load, put, store, total
+from posttrain.kernels.simd import fill, fma, get, get_integer, load, put, put_integer, store, total
 
 F = np.float32
 
@@ -18,6 +18,17 @@ def _dot(a: int, at_a: int, b: int, at_b: int, dim: int) -> Any:
     for d in range(0, dim, 16):
         sums = fma(load(a, at_a + d, dim - d), load(b, at_b + d, dim - d), sums)
     return total(sums)
+
+
+@compiled
+def _score(q: int, weights: int, first: int, heads: int, dim: int, keys: int, at: int) -> Any:
+    """Of the key at `at` for the token whose first head is `first`."""
+    score = F(0)
+    for head in range(first, first + heads):
+        product = _dot(q, head * dim, keys, at, dim)
+        if not product <= 0:
+            score += get(weights, head) * product
+    return score
 
 
 @compiled
@@ -33,12 +44,56 @@ def forward(
             if row >= 0:
                 if row >= size:
                     raise IndexError("index_scores: a candidate names a row that the keys do not have")
-                score = F(0)
-                for h in range(heads):
-                    product = _dot(q, (t * heads + h) * dim, keys, row * stride, dim)
-                    if not product <= 0:
-                        score += get(weights, t * heads + h) * product
+                score = _score(q, weights, t * heads, heads, dim, keys, row * stride)
             put(out, t * columns + e, score)
+
+
+@compiled
+def _insert(best: Any, numbers: Any, held: int, limit: int, score: Any, number: int) -> int:
+    """Into the best so far, the best first, NaN before all; of equal ones the earlier stays ahead. Returns how many."""
+    place = held
+    while place > 0 and (score > best[place - 1] or (np.isnan(score) and not np.isnan(best[place - 1]))):
+        place -= 1
+    if place >= limit:
+        return held
+    held = min(held + 1, limit)
+    for later in range(held - 1, place, -1):
+        best[later], numbers[later] = best[later - 1], numbers[later - 1]
+    best[place], numbers[place] = score, number
+    return held
+
+
+@compiled
+def choose(
+    q: int, weights: int, tokens: int, heads: int, dim: int, keys: int, stride: int, size: int, count: int,
+    sequence: int, pages: int, pages_each: int, page_size: int, k: int, out: int,
+) -> None:  # fmt: skip
+    """Numbers of the `k` best of each token's `count[T]` entries to `out[T, k]`, rising, then -1.
+
+    Entry `e` is row `pages[sequence[t], e // page_size] + e % page_size` of the keys.
+    """
+    best, numbers = np.empty(k, np.float32), np.empty(k, np.int64)
+    taken = np.zeros(pages_each * page_size, np.bool_)
+    for t in range(tokens):
+        held, entries, first_page = 0, get_integer(count, t), get_integer(sequence, t) * pages_each
+        if entries > len(taken):
+            raise IndexError("index_topk: a count goes beyond the pages of its sequence")
+        for e in range(entries if entries > k else 0):
+            row = get_integer(pages, first_page + e // page_size) + e % page_size
+            if not 0 <= row < size:
+                raise IndexError("index_topk: a candidate names a row that the keys do not have")
+            score = _score(q, weights, t * heads, heads, dim, keys, row * stride)
+            held = _insert(best, numbers, held, k, score, e)
+        taken[:entries] = entries <= k
+        for place in range(held):
+            taken[numbers[place]] = True
+        place = 0
+        for e in range(entries):
+            if taken[e]:
+                put_integer(out, t * k + place, e)
+                place += 1
+        for missing in range(place, k):
+            put_integer(out, t * k + missing, -1)
 
 
 @compiled

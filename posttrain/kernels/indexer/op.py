@@ -105,6 +105,8 @@ def index_topk(
         return candidates.first(k)
     if backend_of(q_THD) == "triton":
         return triton.index_topk(q_THD, weights_TH, keys_SD, candidates, k)
+    if has_kernels(q_THD):
+        return _choose_compiled(dense(q_THD), dense(weights_TH), float_rows(keys_SD), candidates, k)
     tokens = len(q_THD)
     step = max(1, BUFFER // candidates.columns)
     parts = [
@@ -112,6 +114,16 @@ def index_topk(
         for first, stop in ((first, min(first + step, tokens)) for first in range(0, max(tokens, 1), step))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _choose_compiled(q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates: Candidates, k: int) -> Tensor:
+    """`index_topk` by the CPU's kernel, which needs no row numbers."""
+    chosen_TK = candidates.count_T.new_empty(len(q_THD), k)
+    keys = keys_SD.data_ptr(), keys_SD.stride(0), len(keys_SD)
+    own = candidates.count_T.contiguous(), candidates.sequence_T.contiguous(), candidates.pages_RP.contiguous()
+    pages = candidates.pages_RP.shape[1], candidates.page_size
+    run(cpu.choose, q_THD, weights_TH, *q_THD.shape, *keys, *own, *pages, k, chosen_TK)
+    return chosen_TK
 
 
 def _choose(q_THD: Tensor, weights_TH: Tensor, keys_SD: Tensor, candidates: Candidates, k: int) -> Tensor:

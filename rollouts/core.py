@@ -1,8 +1,8 @@
 """vLLM's engine core without its front: token ids in, token ids and log-probabilities out.
 
-`LLMEngine.step` makes objects for every token that nothing here reads (detokeniser, `Logprob`, `RequestOutput`): with 64
-requests of a tiny model a twentieth of a step. What is called instead is what it calls itself, under the same names in
-0.25.1 and 0.32.0: `vllm/v1/engine/llm_engine.py`, `add_request` and `step`.
+`LLMEngine.step` makes objects for every token that nothing here reads (detokeniser, `Logprob`, `RequestOutput`): with
+64 requests of a tiny model a twentieth of a step. What is called instead is what it calls itself, under the same names
+in 0.25.1 and 0.32.0: `vllm/v1/engine/llm_engine.py`, `add_request` and `step`.
 """
 
 from __future__ import annotations

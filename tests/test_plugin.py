@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +29,14 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from posttrain.kernels.backend import use
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 from posttrain.models.deepseek_v4.context import PackedContext
 from rollouts.logprobs import sampler_logprobs
 from rollouts.plugin import compat
 from rollouts.plugin.caches import CacheLayer, PagedBackend, PagedMetadata, PagedMetadataBuilder, cache_layers
-from rollouts.plugin.graphs import DecodeGraphs
+from rollouts.plugin.graphs import UNTAPED_STEPS, DecodeGraphs, DecodeTapes
 from rollouts.plugin.paged import PagedContext
 from tests.v4_models import VOCABULARY, our_model
 
@@ -234,18 +236,18 @@ class Repeated(DecodeGraphs):
         return lambda: hidden_RH.copy_(step()), hidden_RH
 
 
-def test_steps_of_fixed_shape_are_the_whole_sequences_to_the_bit() -> None:
-    """As CUDA graphs need them: every token is compressed, and there are requests that own no page."""
-    model = our_model(3)
+def fixed_shape_steps(
+    model: DeepseekV4ForCausalLM, make: type[DecodeGraphs], dtype: torch.dtype, lengths: tuple[int, ...], prompt: int
+) -> tuple[DecodeGraphs, int]:
+    """Checks each step of sequences against the whole of them; the graphs, and how many steps they took."""
     torch.manual_seed(6)
-    lengths, prompt = (133, 259, 60, 90, 133), 40
     sequences = [torch.randint(2, VOCABULARY, (length,)) for length in lengths]
     with torch.no_grad():
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         whole = model.model.forward_packed(torch.cat(sequences), PackedContext(bounds)).split(lengths)
-    pages = Pages(caches_of(model, torch.float32), len(sequences), max(lengths))
+    pages = Pages(caches_of(model, dtype), len(sequences), max(lengths))
     paged_hidden(model, pages, [sequence[:prompt] for sequence in sequences], lambda request, done: prompt)
-    graphs = Repeated(model.model.forward_packed, pages.caches)
+    graphs, taken = make(model.model.forward_packed, pages.caches), 0
     for position in range(prompt, max(lengths)):
         rows = [row for row, length in enumerate(lengths) if position < length]
         metadata = pages.metadata([1] * len(rows), [position + 1] * len(rows))
@@ -253,11 +255,80 @@ def test_steps_of_fixed_shape_are_the_whole_sequences_to_the_bit() -> None:
             name: dataclasses.replace(one, block_table_RB=one.block_table_RB[rows]) for name, one in metadata.items()
         }
         tokens_R = torch.stack([sequences[row][position] for row in rows])
+        positions_R = torch.full_like(tokens_R, position)
         with torch.inference_mode():
-            hidden_RH = graphs.run(tokens_R, torch.full((len(rows),), position), metadata)
-        assert hidden_RH is not None
+            hidden_RH = graphs.run(tokens_R, positions_R, metadata)
+            taken += hidden_RH is not None
+            if hidden_RH is None:
+                hidden_RH = model.model.forward_packed(tokens_R, PagedContext(positions_R, metadata, pages.caches))
         assert same_bits(hidden_RH, torch.stack([whole[row][position] for row in rows])), position
+    return graphs, taken
+
+
+def test_steps_of_fixed_shape_are_the_whole_sequences_to_the_bit() -> None:
+    """As CUDA graphs need them: every token is compressed, and there are requests that own no page."""
+    graphs, taken = fixed_shape_steps(our_model(3), Repeated, torch.float32, (133, 259, 60, 90, 133), 40)
+    assert taken == 259 - 40
     assert set(graphs._graphs) == {(8, 256), (4, 256), (1, 256), (1, 512)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.bfloat16),
+        ({"precision": "fp4_experts", "indexer_precision": "fp4", "index_head_dim": 32}, torch.float32),
+    ],
+    ids=["fp32", "bf16", "fp4"],
+)
+def test_steps_from_a_tape_are_the_whole_sequences_to_the_bit(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    model = our_model(3, **changes)
+    for name, parameter in model.named_parameters():
+        if not FLOAT32.search(name):
+            parameter.data = parameter.data.to(dtype)
+    graphs, taken = fixed_shape_steps(model, DecodeTapes, torch.float32, (60, 90, 50, 60, 70), 40)
+    assert taken == 50 - 4 * UNTAPED_STEPS, "a size gets a tape when it has come a few times"
+    assert set(graphs._graphs) == {(8, 256), (4, 256), (2, 256), (1, 256)}
+
+
+def test_tapes_stop_where_they_would_keep_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollouts.plugin.graphs.TAPES_BYTES", 1)
+    monkeypatch.setattr("rollouts.plugin.graphs.UNTAPED_STEPS", 0)
+    graphs, _ = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 60), 40)
+    assert set(graphs._graphs) == {(2, 256)}
+
+
+def test_other_kernels_than_the_compiled_ones_get_no_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollouts.plugin.graphs.UNTAPED_STEPS", 0)
+    use("oracle")
+    try:
+        _, taken = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (42,), 40)
+    finally:
+        use(None)
+    assert taken == 0
+
+
+@pytest.mark.parametrize("used", [None, 3])
+def test_rows_of_caches_are_the_same_by_kernel_and_by_torch(used: int | None) -> None:
+    pages = Pages(caches_of(our_model(3), torch.float32), 3, 64)
+    metadata = pages.metadata([1, 3, 2], [1, 9, 40])
+    positions_T = torch.tensor([0, 6, 7, 8, 38, 39])
+    found = []
+    for backend in (None, "oracle"):
+        use(backend)
+        try:
+            context = PagedContext(positions_T, metadata, pages.caches)
+            found.append(
+                [
+                    context._rows(cache, positions_T, context._request_T, (-4, 1), used)
+                    for cache in pages.caches.values()
+                ]
+            )
+        finally:
+            use(None)
+    for kernel_TC, torch_TC in zip(*found, strict=True):
+        assert torch.equal(kernel_TC, torch_TC)
+        assert kernel_TC[0].tolist()[:2] == ([-1, -1] if used else [kernel_TC[0, 4]] * 2)
 
 
 def test_steps_with_more_than_a_token_of_a_request_have_no_graph() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.kernels import tape
 from posttrain.kernels.backend import backend_of
 
 Kernel = Callable[..., Any]
@@ -82,7 +83,10 @@ ADDRESSABLE = frozenset((torch.float32, torch.int64, torch.bool))
 
 def run(kernel: Kernel, *args: Any) -> Any:
     """Call a kernel with the addresses of tensors, which stay alive meanwhile; None becomes the address 0."""
-    return kernel(*[arg if arg.__class__ in PLAIN else 0 if arg is None else _address(arg) for arg in args])
+    plain = [arg if arg.__class__ in PLAIN else 0 if arg is None else _address(arg) for arg in args]
+    if tape._current is not None and tape._current.listens:
+        tape._current.add_kernel(kernel, plain)
+    return kernel(*plain)
 
 
 def _address(tensor: Tensor) -> int:

@@ -1,18 +1,22 @@
-"""Decoding steps as CUDA graphs: one launch for all kernels of a step, which otherwise wait for Python.
+"""Decoding steps as graphs, without the Python that a few tokens spend most of their time in.
 
-A graph is a step of so many requests, none longer than a bound; both are rounded up, and what is missing is filled with
-requests that own no pages (they write to vLLM's null block). It is recorded when its size first comes. Kernels, their
-order and their shapes by token are those of a step without a graph, so the bits are the same.
+On a GPU they are CUDA graphs: one launch for all kernels of a step. On the CPU they are tapes
+(`posttrain.kernels.tape`). A graph is a step of so many requests, none longer than a bound; both are rounded up, and
+what is missing is filled with requests that own no pages (they write to vLLM's null block). Kernels, their order and
+their shapes by token are those of a step without a graph, so the bits are the same.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.kernels.compiled import has_kernels
+from posttrain.kernels.tape import Tape
 from rollouts.plugin.caches import PagedMetadata
 from rollouts.plugin.paged import DecodeContext
 
@@ -20,6 +24,11 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Requests of a step; more go without a graph."""
 SHORTEST = 256
 """The smallest bound on lengths; the others are its doubles."""
+
+UNTAPED_STEPS = 8
+"""Steps of a size on the CPU before it gets a tape: one that comes a few times is not worth it."""
+TAPES_BYTES = 256 << 20
+"""When its tapes keep so much, an engine on the CPU writes no more."""
 
 Step = Callable[[Tensor, DecodeContext], Tensor]
 """Token ids and their context to hidden states."""
@@ -50,6 +59,10 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool: tuple[int, int] | None = None
 
+    def _wanted(self, size: int, longest: int) -> bool:
+        """Whether steps of this size, which has no graph yet, are to have one."""
+        return True
+
     def run(self, tokens_T: Tensor, positions_T: Tensor, metadata: dict[str, PagedMetadata]) -> Tensor | None:
         """Hidden states `[T, hidden]`, until the next step; None for one that is not of single tokens, or too large."""
         group = next(iter(metadata.values()))
@@ -61,6 +74,8 @@ class DecodeGraphs:
         while longest < group.seq_lens_R.max():
             longest *= 2
         if (size, longest) not in self._graphs:
+            if not self._wanted(size, longest):
+                return None
             self._graphs[size, longest] = self._record(size, longest, metadata)
         graph = self._graphs[size, longest]
         _fill(graph.tokens_R, tokens_T)
@@ -101,6 +116,33 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden_RH = step()
         return graph.replay, hidden_RH
+
+
+class DecodeTapes(DecodeGraphs):
+    """The same on the CPU. A tape takes a few steps' time to write and keeps all that a step computes.
+
+    Args:
+        step, caches: as for `DecodeGraphs`.
+    """
+
+    def __init__(self, step: Step, caches: nn.ModuleDict) -> None:
+        super().__init__(step, caches)
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._kept = 0
+
+    def _wanted(self, size: int, longest: int) -> bool:
+        self._seen[size, longest] += 1
+        return self._seen[size, longest] > UNTAPED_STEPS and self._kept < TAPES_BYTES
+
+    def run(self, tokens_T: Tensor, positions_T: Tensor, metadata: dict[str, PagedMetadata]) -> Tensor | None:
+        """As on a GPU; None with other kernels than the compiled ones, too, which leave no trace on a tape."""
+        return super().run(tokens_T, positions_T, metadata) if has_kernels(tokens_T) else None
+
+    def _capture(self, step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
+        with Tape() as tape:
+            hidden_RH = step()
+        self._kept += tape.nbytes
+        return tape.replay, hidden_RH
 
 
 def _fill(static: Tensor, values: Tensor) -> None:

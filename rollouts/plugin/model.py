@@ -18,7 +18,7 @@ from posttrain.models.deepseek_v4.context import PackedContext
 from posttrain.models.deepseek_v4.layers import Gate, Linear
 from posttrain.models.deepseek_v4.model import DeepseekV4Model
 from rollouts.plugin.caches import cache_layers
-from rollouts.plugin.graphs import DecodeGraphs
+from rollouts.plugin.graphs import DecodeGraphs, DecodeTapes
 from rollouts.plugin.paged import PagedContext
 
 
@@ -44,9 +44,8 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
         self.longest = vllm_config.model_config.max_model_len
         dtype = torch.float32 if current_platform.is_cpu() else vllm_config.model_config.dtype
         self.caches = cache_layers(config, dtype)
-        self.graphs: DecodeGraphs | None = None
-        if current_platform.is_cuda():
-            self.graphs = DecodeGraphs(self.model.forward_packed, self.caches)
+        graphs = DecodeGraphs if current_platform.is_cuda() else DecodeTapes
+        self.graphs = graphs(self.model.forward_packed, self.caches)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token embeddings (vLLM asks for them when it mixes modalities; we never do)."""
@@ -67,7 +66,7 @@ class PosttrainDeepseekV4ForCausalLM(nn.Module):
             starts = torch.arange(0, len(tokens_T) + self.longest, self.longest, device=tokens_T.device)
             return self.model.forward_packed(tokens_T, PackedContext(starts.clamp(max=len(tokens_T))))
         # Gates that are watched for their routes are run by Python.
-        if self.graphs is not None and not any(gate._forward_hooks for gate in self.gates):
+        if not any(gate._forward_hooks for gate in self.gates):
             decoded = self.graphs.run(tokens_T, positions, metadata)
             if decoded is not None:
                 return decoded

@@ -14,6 +14,7 @@ from posttrain.kernels.compiled import Kernels, dense, differentiable, has_kerne
 from posttrain.kernels.linear.op import ALIGNMENT, linear, minimum_rows
 from posttrain.kernels.moe import oracle
 from posttrain.kernels.quant.op import packed_bytes, packed_numbers, unpack_rows_mxfp4
+from posttrain.kernels.tape import whole
 from posttrain.kernels.wide import without_autocast
 
 cpu = Kernels(__package__)
@@ -219,5 +220,5 @@ def moe_experts(
     if has_kernels(x_TH):
         routes = experts_TK.long().contiguous(), dense(weights_TK)
         inputs = dense(x_TH), *routes, w13_EJH.float(), w2_EHI.float()
-        return narrow(differentiable(_Experts, *inputs, limit), x_TH)
+        return narrow(whole(differentiable, _Experts, *inputs, limit), x_TH)  # the host lays out the rows
     return oracle.moe_experts(x_TH, experts_TK, weights_TK, w13_EJH, w2_EHI, limit)

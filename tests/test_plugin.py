@@ -291,11 +291,15 @@ def test_steps_from_a_tape_are_the_whole_sequences_to_the_bit(changes: dict[str,
     assert set(graphs._graphs) == {(8, 256), (4, 256), (2, 256), (1, 256)}
 
 
-def test_tapes_stop_where_they_would_keep_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollouts.plugin.graphs.TAPES_BYTES", 1)
+def test_tapes_keep_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollouts.plugin.graphs.UNTAPED_STEPS", 0)
-    graphs, _ = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 60), 40)
-    assert set(graphs._graphs) == {(2, 256)}
+    whole, _ = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 60), 40)
+    one, _ = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 50), 40)
+    assert isinstance(whole, DecodeTapes) and isinstance(one, DecodeTapes) and 0 < one._kept < whole._kept
+    for limit, kept, steps in [(whole._kept, 2, 20), (whole._kept - 1, 1, 10), (one._kept - 1, 0, 0)]:
+        monkeypatch.setattr("rollouts.plugin.graphs.TAPES_BYTES", limit)
+        limited, taken = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 60), 40)
+        assert (len(limited._graphs), taken) == (kept, steps)
 
 
 def test_other_kernels_than_the_compiled_ones_get_no_tape(monkeypatch: pytest.MonkeyPatch) -> None:

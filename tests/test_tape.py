@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain import kernels
-from posttrain.kernels.tape import Tape, recording, whole
+from posttrain.kernels.tape import Tape, TapeFull, recording, whole
 
 ROWS = 20
 
@@ -122,3 +122,6 @@ def test_it_counts_the_memory_that_it_keeps() -> None:
         y.mul_(2)
         (y * 3).t()
     assert tape.nbytes == 2 * 500 * 4
+    with pytest.raises(TapeFull), torch.no_grad(), Tape(limit=tape.nbytes - 1):
+        x[:500] + 1, x[500:] + 1
+    assert recording() is None

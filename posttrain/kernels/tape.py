@@ -33,16 +33,23 @@ _BOUND = frozenset(("add", "cat", "index_select", "mm", "mul", "stack", "sub"))
 _current: Tape | None = None
 
 
+class TapeFull(RuntimeError):
+    """More memory than a tape may keep."""
+
+
 class Tape(TorchDispatchMode):
     """Writes down what its thread computes while it is entered.
+
+    Args:
+        limit: bytes that it may keep; what computes more of them gets a `TapeFull`.
 
     Attributes:
         nbytes: memory that it keeps beside what it was given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = float("inf")) -> None:
         super().__init__()
-        self.nbytes = 0
+        self.nbytes, self._limit = 0, limit
         self._steps: list[Callable[[], object]] = []
         self._kept: list[Any] = []
         self._known: set[int] = set()
@@ -103,6 +110,8 @@ class Tape(TorchDispatchMode):
         for tensor in _tensors(result):
             if _memory(tensor) not in before:
                 self.nbytes += tensor.untyped_storage().nbytes()
+        if self.nbytes > self._limit:
+            raise TapeFull(f"a tape of more than {self._limit} bytes")
         self._known = before | set(map(_memory, _tensors(result)))
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.kernels.compiled import has_kernels
-from posttrain.kernels.tape import Tape
+from posttrain.kernels.tape import Tape, TapeFull
 from rollouts.plugin.caches import PagedMetadata
 from rollouts.plugin.paged import DecodeContext
 
@@ -28,7 +28,7 @@ SHORTEST = 256
 UNTAPED_STEPS = 8
 """Steps of a size on the CPU before it gets a tape: one that comes a few times is not worth it."""
 TAPES_BYTES = 256 << 20
-"""When its tapes keep so much, an engine on the CPU writes no more."""
+"""What the tapes of an engine on the CPU may keep together."""
 
 Step = Callable[[Tensor, DecodeContext], Tensor]
 """Token ids and their context to hidden states."""
@@ -128,18 +128,24 @@ class DecodeTapes(DecodeGraphs):
     def __init__(self, step: Step, caches: nn.ModuleDict) -> None:
         super().__init__(step, caches)
         self._seen: Counter[tuple[int, int]] = Counter()
-        self._kept = 0
+        self._kept, self._full = 0, False
 
     def _wanted(self, size: int, longest: int) -> bool:
         self._seen[size, longest] += 1
-        return self._seen[size, longest] > UNTAPED_STEPS and self._kept < TAPES_BYTES
+        return self._seen[size, longest] > UNTAPED_STEPS and not self._full
 
     def run(self, tokens_T: Tensor, positions_T: Tensor, metadata: dict[str, PagedMetadata]) -> Tensor | None:
         """As on a GPU; None with other kernels than the compiled ones, too, which leave no trace on a tape."""
-        return super().run(tokens_T, positions_T, metadata) if has_kernels(tokens_T) else None
+        if not has_kernels(tokens_T):
+            return None
+        try:
+            return super().run(tokens_T, positions_T, metadata)
+        except TapeFull:  # there will be no more of them
+            self._full = True
+            return None
 
     def _capture(self, step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
-        with Tape() as tape:
+        with Tape(TAPES_BYTES - self._kept) as tape:
             hidden_RH = step()
         self._kept += tape.nbytes
         return tape.replay, hidden_RH

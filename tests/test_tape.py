@@ -107,8 +107,10 @@ def test_other_threads_leave_nothing_on_it() -> None:
         assert len(tape._steps) == 1
 
 
-def test_one_tape_at_a_time() -> None:
-    with Tape() as tape:
+def test_one_tape_at_a_time_and_none_with_gradients() -> None:
+    with pytest.raises(RuntimeError, match="without gradients"):
+        Tape().__enter__()
+    with torch.no_grad(), Tape() as tape:
         with pytest.raises(RuntimeError, match="one tape"):
             Tape().__enter__()
         assert recording() is tape

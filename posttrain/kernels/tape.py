@@ -38,7 +38,7 @@ class TapeFull(RuntimeError):
 
 
 class Tape(TorchDispatchMode):
-    """Writes down what its thread computes while it is entered.
+    """Writes down what its thread computes, without gradients, while it is entered.
 
     Args:
         limit: bytes that it may keep; what computes more of them gets a `TapeFull`.
@@ -61,6 +61,8 @@ class Tape(TorchDispatchMode):
         global _current
         if _current is not None:
             raise RuntimeError("one tape at a time")
+        if torch.is_grad_enabled():
+            raise RuntimeError("a tape is for computations without gradients: see torch.no_grad")
         super().__enter__()
         _current = self
         return self

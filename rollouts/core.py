@@ -7,7 +7,7 @@ in 0.25.1 and 0.32.0: `vllm/v1/engine/llm_engine.py`, `add_request` and `step`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,13 @@ class EngineCore:
             del self._name_of[request_id]
         self._core.abort_requests(ids)
 
-    def step(self) -> Iterator[CoreTokens]:
-        """One step of the engine; then, request by request, what it gave.
+    def step(self) -> list[CoreTokens]:
+        """One step of the engine; what it gave, request by request.
 
         Raises:
             RunFailed: a request ended for another reason than a stop token or its length.
         """
+        steps = []
         for output in self._core.get_output().outputs:
             name = self._name_of.get(output.request_id)
             if name is None:
@@ -76,4 +77,5 @@ class EngineCore:
             if reason is not None:
                 del self._name_of[output.request_id], self._id_of[name]
             logprobs = output.new_logprobs.logprobs[:, 0].tolist()  # the sampled token's column comes first
-            yield CoreTokens(name, list(output.new_token_ids), logprobs, reason)
+            steps.append(CoreTokens(name, list(output.new_token_ids), logprobs, reason))
+        return steps

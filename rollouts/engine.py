@@ -169,7 +169,7 @@ class Engine:
         """One step of continuous batching: a token for each running sample whose prompt is in the cache."""
         assert self.version is not None
         steps = []
-        outputs = list(self._core.step())
+        outputs = self._core.step()
         if self._routes is not None:
             self._routes.collect()
         for output in outputs:

@@ -29,7 +29,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from posttrain.kernels.backend import use
+from posttrain.kernels.backend import Backend
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import FLOAT32
 from posttrain.models.deepseek_v4.context import PackedContext
@@ -38,6 +38,7 @@ from rollouts.plugin import compat
 from rollouts.plugin.caches import CacheLayer, PagedBackend, PagedMetadata, PagedMetadataBuilder, cache_layers
 from rollouts.plugin.graphs import UNTAPED_STEPS, DecodeGraphs, DecodeTapes
 from rollouts.plugin.paged import PagedContext
+from tests.triton_kit import running
 from tests.v4_models import VOCABULARY, our_model
 
 ROOT = Path(__file__).parents[1]
@@ -237,7 +238,7 @@ class Repeated(DecodeGraphs):
 
 
 def fixed_shape_steps(
-    model: DeepseekV4ForCausalLM, make: type[DecodeGraphs], dtype: torch.dtype, lengths: tuple[int, ...], prompt: int
+    model: DeepseekV4ForCausalLM, make: type[DecodeGraphs], lengths: tuple[int, ...], prompt: int
 ) -> tuple[DecodeGraphs, int]:
     """Checks each step of sequences against the whole of them; the graphs, and how many steps they took."""
     torch.manual_seed(6)
@@ -245,7 +246,7 @@ def fixed_shape_steps(
     with torch.no_grad():
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         whole = model.model.forward_packed(torch.cat(sequences), PackedContext(bounds)).split(lengths)
-    pages = Pages(caches_of(model, dtype), len(sequences), max(lengths))
+    pages = Pages(caches_of(model, torch.float32), len(sequences), max(lengths))
     paged_hidden(model, pages, [sequence[:prompt] for sequence in sequences], lambda request, done: prompt)
     graphs, taken = make(model.model.forward_packed, pages.caches), 0
     for position in range(prompt, max(lengths)):
@@ -267,7 +268,7 @@ def fixed_shape_steps(
 
 def test_steps_of_fixed_shape_are_the_whole_sequences_to_the_bit() -> None:
     """As CUDA graphs need them: every token is compressed, and there are requests that own no page."""
-    graphs, taken = fixed_shape_steps(our_model(3), Repeated, torch.float32, (133, 259, 60, 90, 133), 40)
+    graphs, taken = fixed_shape_steps(our_model(3), Repeated, (133, 259, 60, 90, 133), 40)
     assert taken == 259 - 40
     assert set(graphs._graphs) == {(8, 256), (4, 256), (1, 256), (1, 512)}
 
@@ -286,29 +287,26 @@ def test_steps_from_a_tape_are_the_whole_sequences_to_the_bit(changes: dict[str,
     for name, parameter in model.named_parameters():
         if not FLOAT32.search(name):
             parameter.data = parameter.data.to(dtype)
-    graphs, taken = fixed_shape_steps(model, DecodeTapes, torch.float32, (60, 90, 50, 60, 70), 40)
+    graphs, taken = fixed_shape_steps(model, DecodeTapes, (60, 90, 50, 60, 70), 40)
     assert taken == 50 - 4 * UNTAPED_STEPS, "a size gets a tape when it has come a few times"
     assert set(graphs._graphs) == {(8, 256), (4, 256), (2, 256), (1, 256)}
 
 
 def test_tapes_keep_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollouts.plugin.graphs.UNTAPED_STEPS", 0)
-    whole, _ = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 60), 40)
-    one, _ = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 50), 40)
+    whole, _ = fixed_shape_steps(our_model(3), DecodeTapes, (50, 60), 40)
+    one, _ = fixed_shape_steps(our_model(3), DecodeTapes, (50, 50), 40)
     assert isinstance(whole, DecodeTapes) and isinstance(one, DecodeTapes) and 0 < one._kept < whole._kept
     for limit, kept, steps in [(whole._kept, 2, 20), (whole._kept - 1, 1, 10), (one._kept - 1, 0, 0)]:
         monkeypatch.setattr("rollouts.plugin.graphs.TAPES_BYTES", limit)
-        limited, taken = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (50, 60), 40)
+        limited, taken = fixed_shape_steps(our_model(3), DecodeTapes, (50, 60), 40)
         assert (len(limited._graphs), taken) == (kept, steps)
 
 
 def test_other_kernels_than_the_compiled_ones_get_no_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollouts.plugin.graphs.UNTAPED_STEPS", 0)
-    use("oracle")
-    try:
-        _, taken = fixed_shape_steps(our_model(3), DecodeTapes, torch.float32, (42,), 40)
-    finally:
-        use(None)
+    with running("oracle"):
+        _, taken = fixed_shape_steps(our_model(3), DecodeTapes, (42,), 40)
     assert taken == 0
 
 
@@ -317,22 +315,26 @@ def test_rows_of_caches_are_the_same_by_kernel_and_by_torch(used: int | None) ->
     pages = Pages(caches_of(our_model(3), torch.float32), 3, 64)
     metadata = pages.metadata([1, 3, 2], [1, 9, 40])
     positions_T = torch.tensor([0, 6, 7, 8, 38, 39])
-    found = []
-    for backend in (None, "oracle"):
-        use(backend)
-        try:
-            context = PagedContext(positions_T, metadata, pages.caches)
-            found.append(
-                [
-                    context._rows(cache, positions_T, context._request_T, (-4, 1), used)
-                    for cache in pages.caches.values()
-                ]
-            )
-        finally:
-            use(None)
+    found: list[list[Tensor]] = []
+    context = PagedContext(positions_T, metadata, pages.caches)
+    for backend in ("compiled", "oracle"):
+        with running(backend):
+            rows = [
+                context._rows(cache, positions_T, context._request_T, (-4, 1), used) for cache in pages.caches.values()
+            ]
+        found.append(rows)
     for kernel_TC, torch_TC in zip(*found, strict=True):
         assert torch.equal(kernel_TC, torch_TC)
         assert kernel_TC[0].tolist()[:2] == ([-1, -1] if used else [kernel_TC[0, 4]] * 2)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "oracle"])
+def test_a_token_without_a_page_is_refused(backend: Backend) -> None:
+    pages = Pages(caches_of(our_model(3), torch.float32), 1, 64)
+    beyond = 64 * max(table.shape[1] for table in pages.tables.values())
+    context = PagedContext(torch.tensor([beyond]), pages.metadata([1], [beyond + 1]), pages.caches)
+    with running(backend), pytest.raises(IndexError):
+        context.window("layers.0.attn", torch.zeros(1, 32), 16)
 
 
 def test_steps_with_more_than_a_token_of_a_request_have_no_graph() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.kernels import tape
 from posttrain.kernels.backend import backend_of
+from posttrain.kernels.tape import recording
 
 Kernel = Callable[..., Any]
 
@@ -84,8 +84,8 @@ ADDRESSABLE = frozenset((torch.float32, torch.int64, torch.bool))
 def run(kernel: Kernel, *args: Any) -> Any:
     """Call a kernel with the addresses of tensors, which stay alive meanwhile; None becomes the address 0."""
     plain = [arg if arg.__class__ in PLAIN else 0 if arg is None else _address(arg) for arg in args]
-    if tape._current is not None and tape._current.listens:
-        tape._current.add_kernel(kernel, plain)
+    if (tape := recording()) is not None:
+        tape.add_kernel(kernel, plain)
     return kernel(*plain)
 
 

@@ -93,7 +93,7 @@ class Tape(TorchDispatchMode):
             result = function(*args)
         finally:
             self._paused = False
-        self._keep(args, result)
+        self._keep((args, result), set(map(_memory, _tensors(args))), [result])
         self._steps.append(lambda: result.copy_(function(*args)))
         return result
 
@@ -102,29 +102,30 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self._paused:
-            self._keep((args, kwargs), result)
             self._note(func, args, kwargs, result)
         return result
 
-    def _keep(self, given: Any, result: Any) -> None:
-        self._kept.append((given, result))
-        before = self._known | set(map(_memory, _tensors(given)))
-        for tensor in _tensors(result):
-            if _memory(tensor) not in before:
+    def _keep(self, values: Any, given: set[int], made: list[Tensor]) -> None:
+        """Keep what an operation took and gave alive, and count the memory that is new."""
+        self._kept.append(values)
+        self._known |= given
+        for tensor in made:
+            if _memory(tensor) not in self._known:
+                self._known.add(_memory(tensor))
                 self.nbytes += tensor.untyped_storage().nbytes()
         if self.nbytes > self._limit:
             raise TapeFull(f"a tape of more than {self._limit} bytes")
-        self._known = before | set(map(_memory, _tensors(result)))
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        given, made, name = set(map(_memory, _tensors((args, kwargs)))), _tensors(result), func.overloadpacket.__name__
+        self._keep((args, kwargs, result), given, made)
         if _looks(func, args):
             raise RuntimeError(f"{func} looks at numbers: a tape cannot repeat it (see posttrain.kernels.tape.whole)")
         if func._schema.is_mutable:
-            if self._constant.intersection(map(_memory, _tensors((args, kwargs)))):
+            if self._constant & given:
                 raise RuntimeError(f"{func} is given numbers that a tape makes once; it may write to them")
             self._steps.append(partial(func, *args, **kwargs))
             return
-        given, made, name = set(map(_memory, _tensors((args, kwargs)))), _tensors(result), func.overloadpacket.__name__
         if all(_memory(tensor) in given for tensor in made) or name in _UNWRITTEN:
             return  # views need no second making
         if name == "arange":

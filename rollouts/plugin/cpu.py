@@ -8,26 +8,32 @@ from posttrain.kernels.simd import get_integer, load, put_integer, store
 
 @compiled
 def rows(
-    positions: int, requests: int, tokens: int, first: int, columns: int, used: int, table: int, pages_each: int,
-    page_tokens: int, page_rows: int, row_tokens: int, absent: bool, out: int,
+    positions: int, requests: int, tokens: int, first: int, columns: int, used: int, table: int, tables: int,
+    pages_each: int, page_tokens: int, page_rows: int, row_tokens: int, absent: bool, out: int,
 ) -> None:  # fmt: skip
     """Rows of the `columns` positions from `positions[t] + first` on to `out[T, columns]`.
 
     Before the sequence's start stands -1 if `absent`, else the row of position 0; -1 from column `used` on.
     """
     for t in range(tokens):
-        own, position = get_integer(requests, t) * pages_each, get_integer(positions, t) + first
+        request, position = get_integer(requests, t), get_integer(positions, t) + first
         for column in range(columns):
             at, row = max(position + column, 0), -1
             if column < used and (position + column >= 0 or not absent):
-                row = get_integer(table, own + at // page_tokens) * page_rows + at % page_tokens // row_tokens
+                page = at // page_tokens
+                if not 0 <= request < tables or page >= pages_each:
+                    raise IndexError("paged caches: a position has no page")
+                row = get_integer(table, request * pages_each + page) * page_rows + at % page_tokens // row_tokens
             put_integer(out, t * columns + column, row)
 
 
 @compiled
-def write(values: int, places: int, count: int, width: int, target: int, stride: int) -> None:
-    """`values[count, width]` to the rows `places` of a store whose rows are `stride` floats apart."""
+def write(values: int, places: int, count: int, width: int, target: int, size: int, stride: int) -> None:
+    """`values[count, width]` to the rows `places` of a store of `size` rows that are `stride` floats apart."""
     for number in range(count):
-        at = get_integer(places, number) * stride
+        place = get_integer(places, number)
+        if not 0 <= place < size:
+            raise IndexError("paged caches: there is no such row")
+        at = place * stride
         for d in range(0, width, 16):
             store(target, at + d, load(values, number * width + d, width - d), width - d)

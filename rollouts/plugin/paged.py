@@ -71,7 +71,7 @@ class PagedContext:
             out_TC = positions_T.new_empty(len(positions_T), columns)
             tokens = positions_T.contiguous(), request_T.contiguous(), len(positions_T)
             kept, absent = columns if used is None else used, used is not None
-            table = table_RB.contiguous(), table_RB.shape[1]
+            table = table_RB.contiguous(), *table_RB.shape
             run(cpu.rows, *tokens, span[0], columns, kept, *table, *geometry, absent, out_TC)
             return out_TC
         block_size, rows_per_block, tokens_per_row = geometry
@@ -83,14 +83,6 @@ class PagedContext:
         if used is None:
             return rows_TC
         return torch.where((positions_TC >= 0) & (offsets_C < span[0] + used), rows_TC, -1)
-
-    def _write(self, store: Tensor, rows_N: Tensor, values_ND: Tensor) -> None:
-        """Values into these rows of a store."""
-        if has_kernels(values_ND) and store.dtype is torch.float32:
-            place = *values_ND.shape, store.data_ptr(), store.stride(0)
-            run(cpu.write, dense(values_ND), rows_N.contiguous(), *place)
-        else:
-            store[rows_N] = values_ND.to(store.dtype)
 
     def _own(self, cache: CacheLayer, key: tuple) -> Tensor:
         """Rows of the new tokens themselves."""
@@ -116,7 +108,7 @@ class PagedContext:
         """Write the new tokens' KV, and point at the last `width` tokens of each."""
         cache, key = self._cache(name, "recent")
         store = cache.part(name)
-        self._write(store, self._own(cache, key), kv_TD)
+        _write(store, self._own(cache, key), kv_TD)
         memo = ("window", width, key)
         if memo not in self._memo:
             span = 1 - width, 1 - width + round_up(width)
@@ -127,7 +119,7 @@ class PagedContext:
         """Write the new tokens' state, and gather the blocks that end in this call."""
         cache, key = self._cache(name, "recent")
         store = cache.part(name)
-        self._write(store, self._own(cache, key), state_TC)
+        _write(store, self._own(cache, key), state_TC)
         memo = (rate, overlap, key)
         if memo not in self._blocks:
             ending_E = self._ending(rate)
@@ -147,7 +139,7 @@ class PagedContext:
         if memo not in self._memo:
             self._memo[memo] = self._entry_rows(cache, rate)
         store = cache.part(name)
-        self._write(store, self._memo[memo], entries_ED)
+        _write(store, self._memo[memo], entries_ED)
         return store
 
     def candidates(self, name: str, rate: int) -> Candidates:
@@ -190,3 +182,12 @@ class DecodeContext(PagedContext):
     def _entry_rows(self, cache: CacheLayer, rate: int) -> Tensor:
         rows_R = super()._entry_rows(cache, rate)
         return torch.where((self.positions_T + 1) % rate == 0, rows_R, 0)
+
+
+def _write(store: Tensor, rows_N: Tensor, values_ND: Tensor) -> None:
+    """Values into these rows of a store."""
+    if has_kernels(values_ND) and store.dtype is torch.float32:
+        place = *values_ND.shape, store.data_ptr(), len(store), store.stride(0)
+        run(cpu.write, dense(values_ND), rows_N.contiguous(), *place)
+    else:
+        store[rows_N] = values_ND.to(store.dtype)

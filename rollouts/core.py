@@ -39,6 +39,7 @@ class EngineCore:
 
     def __init__(self, llm_engine: Any) -> None:
         self._core, self._processor = llm_engine.engine_core, llm_engine.input_processor
+        self._inner = self._core.engine_core  # the client's own engine: it is in this process
         self._tasks = llm_engine.get_supported_tasks()
         self._name_of: dict[str, str] = {}
         """By vLLM's id, which is another one each time that a name is added."""
@@ -60,8 +61,20 @@ class EngineCore:
             del self._name_of[request_id]
         self._core.abort_requests(ids)
 
+    def clear(self) -> None:
+        """Forget all requests, and wait for the step that is under way, if there is one: its tokens are dropped."""
+        self.abort(list(self._id_of))
+        while self._inner.batch_queue:
+            self._core.get_output()
+
+    def one_step_at_a_time(self) -> None:
+        """From now on no step begins before the last one's tokens are known. To be called when all is clear."""
+        self._inner.batch_queue_size = 1
+
     def step(self) -> list[CoreTokens]:
         """One step of the engine; what it gave, request by request.
+
+        With asynchronous scheduling this begins a step and gives the tokens of the one before.
 
         Raises:
             RunFailed: a request ended for another reason than a stop token or its length.

@@ -8,7 +8,8 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,15 +99,13 @@ class Engine:
         if version <= self._highest_version:
             raise RunFailed(f"weights of version {version} after version {self._highest_version}: versions must grow")
         self.version = None
-        self._core.abort(list(self._samples))
-        if checksums is None:
-            checksums = {name: checksum_of(tensor) for name, tensor in weights.items()}
-        verification = self._weights.load(weights, checksums)
-        if not self._llm.reset_prefix_cache():
-            raise RunFailed("the engine could not drop its prefix cache: it would mix two versions of the weights")
-        self.version = self._highest_version = version
-        for sample in self._samples.values():
-            self._enter(sample)
+        with self._at_rest():
+            if checksums is None:
+                checksums = {name: checksum_of(tensor) for name, tensor in weights.items()}
+            verification = self._weights.load(weights, checksums)
+            if not self._llm.reset_prefix_cache():
+                raise RunFailed("the engine could not drop its prefix cache: it would mix two versions of the weights")
+            self.version = self._highest_version = version
         return verification
 
     def lacking(self, checksums: Mapping[str, str]) -> set[str]:
@@ -138,11 +137,10 @@ class Engine:
             BadInput: a prompt that cannot be served, a stop token outside the vocabulary, or routes of a model that
                 does not return them.
         """
-        if request.sampling.routes:
+        if request.sampling.routes and self._routes is None:
             self._watch_routes()
         if request.sampling.masks and self._masks is None:
-            runner = self._runner
-            self._masks = runner.sampler.topk_topp_sampler.watch = MaskCapture(runner)
+            self._watch_masks()
         if problem := request_problem(request.prompt_ids, request.sampling, self.info):
             raise BadInput(f"the prompt of request {request.id} {problem}")
         # A copy: it grows with every step.
@@ -245,12 +243,8 @@ class Engine:
         ]
         prompts_given = [TokensPrompt(prompt_token_ids=text) for text in texts]
         # vLLM would step the samples in progress as well, and drop their tokens.
-        self._core.abort(list(self._samples))
-        try:
+        with self._at_rest():
             outputs = self._llm.generate(prompts_given, params, use_tqdm=False)
-        finally:
-            for sample in self._samples.values():
-                self._enter(sample)
         return [_scores(*row) for row in zip(outputs, prompts, completions, strict=True)]
 
     def _require_weights(self) -> int:
@@ -271,9 +265,27 @@ class Engine:
                 "routes can be had from rollout.engine: native alone; vLLM returns those of its own models only with "
                 "its second model runner, which samples by random numbers that depend on the batch"
             )
-        if self._routes is None:
-            runner = self._runner
+        runner = self._runner
+        with self._at_rest():
+            self._core.one_step_at_a_time()
             self._routes = self._llm.apply_model(lambda model: RouteCapture(model, runner))[0]
+
+    def _watch_masks(self) -> None:
+        runner = self._runner
+        with self._at_rest():
+            self._core.one_step_at_a_time()
+            self._masks = runner.sampler.topk_topp_sampler.watch = MaskCapture(runner)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """No request in vLLM and no step under way; afterwards the samples enter it again, if there are weights."""
+        self._core.clear()
+        try:
+            yield
+        finally:
+            if self.version is not None:
+                for sample in self._samples.values():
+                    self._enter(sample)
 
     def _enter(self, sample: SampleRequest) -> None:
         """Hand a sample to vLLM, whose prompt then is everything so far."""
@@ -323,8 +335,8 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "enable_chunked_prefill": True,
         "enable_prefix_caching": True,
-        # The tokens of a step are known when it returns: so weights can be swapped between two steps.
-        "async_scheduling": False,
+        # On a GPU a step is scheduled while the one before computes; `_at_rest` waits for it.
+        "async_scheduling": not current_platform.is_cpu(),
         # Without this two engines on one machine would each claim most of its memory.
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         # The default reports log-probabilities before the temperature is applied.

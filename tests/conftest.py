@@ -23,6 +23,7 @@ PROCESSES = {
     f"test_{name}"
     for name in (
         *(
+            "ahead",
             "async_resume",
             "async_service",
             "cli",

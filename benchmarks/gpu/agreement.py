@@ -1,9 +1,10 @@
 """Log-probabilities of sampled tokens: our engine's against the trainer's model, on one GPU.
 
-`python -m benchmarks.gpu.agreement [--quick] [--fp4] [--size tiny --cpu] [--out FILE]` prints JSON. The model is random
-(4 layers, one of each kind), with `--fp4` under quantisation-aware training. The engine samples, with continuous
-batching; the trainer scores all sequences in one packed pass. Then the optimiser steps, each published to the engine,
-and sampled again. Long prompts are split over steps, begin with cached prefixes, and let the indexer choose.
+`python -m benchmarks.gpu.agreement [--quick] [--fp4] [--size small|wide|tiny] [--cpu] [--out FILE]` prints JSON. The
+model is random (4 layers, one of each kind), with `--fp4` under quantisation-aware training. The engine samples, with
+continuous batching; the trainer scores all sequences in one packed pass. Then the optimiser steps, each published to
+the engine, and sampled again. Long prompts are split over steps, begin with cached prefixes, and let the indexer
+choose.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def main(arguments: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--size", choices=["small", "tiny"], default="small")
+    parser.add_argument("--size", choices=["small", "wide", "tiny"], default="small")
     parser.add_argument("--fp4", action="store_true", help="routed experts in MXFP4")
     parser.add_argument("--cpu", action="store_true", help="fp32 on the CPU")
     parser.add_argument("--out", type=Path)

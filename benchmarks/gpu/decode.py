@@ -35,13 +35,17 @@ from benchmarks.gpu.engines import (
 from posttrain.models.deepseek_v4 import DeepseekV4ForCausalLM
 from posttrain.models.deepseek_v4.checkpoint import released_tensors, write_config, write_tensors
 from posttrain.models.deepseek_v4.export import convert_tensor, released_config_dict
+from rollouts.types import Sampling
 
 ENGINES = ("ours", "ours-fp4", "ours-eager", "eager", "graphs")
-SEQUENCES = (64, 256)
+SEQUENCES = (64, 256, 512)
 CACHE_BYTES = 8 << 30
 
+Generate = Callable[[list[list[int]], int], object]
+"""Answers of so many tokens to these prompts."""
 
-def timed(generate: Callable[[list[list[int]], int], object], vocabulary: int, sequences: int, quick: bool) -> dict:
+
+def timed(generate: Generate, vocabulary: int, sequences: int, quick: bool) -> dict:
     """Tokens/s of `sequences` answers at once, prefill included, and the time of one decoding step of all of them."""
     prompts = random_prompts([6] * sequences, vocabulary, sequences)
     new, few = (64, 8) if quick else (200, 8)
@@ -61,7 +65,7 @@ def timed(generate: Callable[[list[list[int]], int], object], vocabulary: int, s
     }
 
 
-def generator(llm: Any) -> Callable[[list[list[int]], int], object]:
+def in_tree_generator(llm: Any) -> Generate:
     """Sampling at temperature 1 without seeds: with seeds, vLLM draws each request's numbers by a call of its own."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -73,8 +77,8 @@ def generator(llm: Any) -> Callable[[list[list[int]], int], object]:
     return generate
 
 
-def ours(size: str, directory: Path, graphs: bool, fp4: bool) -> Any:
-    """Our engine, with weights."""
+def ours(size: str, directory: Path, graphs: bool, fp4: bool) -> Generate:
+    """Our engine with weights, as a run's rollout workers use it: every request has a seed."""
     place, config = Place(), config_of(size, fp4)
     engine = start_engine(
         config,
@@ -91,7 +95,7 @@ def ours(size: str, directory: Path, graphs: bool, fp4: bool) -> Any:
     torch.cuda.empty_cache()
     if not graphs:
         engine._llm.apply_model(lambda model: setattr(model, "graphs", None))
-    return engine._llm
+    return lambda prompts, new: engine.generate(prompts, Sampling(max_tokens=new))
 
 
 def exported(model: DeepseekV4ForCausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -135,13 +139,13 @@ def one(which: str, size: str, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         begin = time.monotonic()
         if which.startswith("ours"):
-            llm = ours(size, Path(directory), graphs=which != "ours-eager", fp4=which == "ours-fp4")
+            generate = ours(size, Path(directory), graphs=which != "ours-eager", fp4=which == "ours-fp4")
         else:
-            llm = in_tree(size, Path(directory), graphs=which == "graphs")
+            generate = in_tree_generator(in_tree(size, Path(directory), graphs=which == "graphs"))
         start_seconds = time.monotonic() - begin
         print(f"{which} ready after {start_seconds:.0f} s", file=sys.stderr, flush=True)
         vocabulary = config_of(size).vocab_size
-        rates = [timed(generator(llm), vocabulary, sequences, quick) for sequences in SEQUENCES]
+        rates = [timed(generate, vocabulary, sequences, quick) for sequences in SEQUENCES]
     return {"versions": versions(), "start_seconds": start_seconds, "rates": rates}
 
 

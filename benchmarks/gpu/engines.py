@@ -42,6 +42,9 @@ SMALL: dict[str, Any] = {
 }
 """One layer of each kind and another; everything that is not named here has V4-Flash's size."""
 
+WIDE: dict[str, Any] = {**SMALL, "num_attention_heads": 64}
+"""With as many heads as V4-Flash: on Hopper another kernel then computes attention (`kernels.attention.hopper`)."""
+
 FLASH: dict[str, Any] = {
     "num_hidden_layers": 2,
     "layer_types": [SPARSE, HEAVY],
@@ -53,7 +56,7 @@ FLASH: dict[str, Any] = {
 }
 """Two layers of V4-Flash."""
 
-SIZES = {"small": SMALL, "flash": FLASH, "tiny": {"preset": "tiny", "vocab_size": 128, "eos_token_id": 1}}
+SIZES = {"small": SMALL, "wide": WIDE, "flash": FLASH, "tiny": {"preset": "tiny", "vocab_size": 128, "eos_token_id": 1}}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from posttrain.kernels.tape import Tape, TapeFull
 from rollouts.plugin.caches import PagedMetadata
 from rollouts.plugin.paged import DecodeContext
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Requests of a step; more go without a graph."""
 SHORTEST = 256
 """The smallest bound on lengths; the others are its doubles."""

@@ -164,7 +164,10 @@ class Engine:
         return self.version is not None and bool(self._samples)
 
     def step(self) -> list[NewTokens]:
-        """One step of continuous batching: a token for each running sample whose prompt is in the cache."""
+        """One step of continuous batching: a token for each running sample whose prompt is in the cache.
+
+        On a GPU those of the step before (docs/plugin.md, "A step ahead").
+        """
         assert self.version is not None
         steps = []
         outputs = self._core.step()

@@ -17,6 +17,7 @@ from numba.core.caching import CacheImpl
 from posttrain import kernels
 from posttrain.kernels import compiled as compiling
 from posttrain.kernels.compiled import compiled
+from posttrain.kernels.indexer.candidates import Candidates
 from posttrain.kernels.simd import exp, load, store, total
 
 KERNELS = Path(__file__).parents[1] / "posttrain" / "kernels"
@@ -116,3 +117,25 @@ def test_autocast_narrows_neither_the_routers_nor_anything_inside_a_kernel() -> 
 def test_a_kernel_refuses_memory_of_another_type() -> None:
     with pytest.raises(ValueError, match="bfloat16"):
         compiling.run(lambda *_: None, torch.zeros(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("k", [1, 3, 64])
+@pytest.mark.parametrize("order", ["rising", "falling", "random", "equal", "with NaN"])
+def test_the_chosen_entries_are_those_of_a_stable_sort(order: str, k: int) -> None:
+    torch.manual_seed(k)
+    entries, tokens = 300, 5
+    scores_E = {"rising": torch.arange(300.0), "falling": -torch.arange(300.0)}.get(order, torch.randn(entries))
+    if order == "equal":
+        scores_E = scores_E.round()
+    if order == "with NaN":
+        scores_E[::7] = torch.nan
+    # One head and one channel: an entry's score is its key, which must be positive.
+    keys_SD = (scores_E - scores_E.nan_to_num().min() + 1).unsqueeze(1)
+    count_T = torch.tensor([entries, 299, 150, k, 0])
+    first = torch.zeros(1, 1, dtype=torch.int64)
+    candidates = Candidates(count_T, torch.zeros(tokens, dtype=torch.int64), first, 304, 304)
+    inputs = torch.ones(tokens, 1, 1), torch.ones(tokens, 1), keys_SD, candidates, k
+    found_TK = kernels.index_topk(*inputs)
+    for count, found_K in zip(count_T.tolist(), found_TK, strict=True):
+        expected = keys_SD[:count, 0].sort(descending=True, stable=True).indices[:k].sort().values.tolist()
+        assert found_K.tolist() == expected + [-1] * (k - len(expected))

@@ -49,16 +49,37 @@ def forward(
 
 
 @compiled
-def _insert(best: Any, numbers: Any, held: int, limit: int, score: Any, number: int) -> int:
-    """Into the best so far, the best first, NaN before all; of equal ones the earlier stays ahead. Returns how many."""
-    place = held
-    while place > 0 and (score > best[place - 1] or (np.isnan(score) and not np.isnan(best[place - 1]))):
-        place -= 1
-    if place >= limit:
+def _comes_after(score: Any, number: int, other: Any, others_number: int) -> bool:
+    """Whether an entry comes after another: the highest score is first, NaN before all, of equal ones the earlier."""
+    if np.isnan(score) != np.isnan(other):
+        return bool(np.isnan(other))
+    return bool(score < other or (not score > other and number > others_number))
+
+
+@compiled
+def _keep(best: Any, numbers: Any, held: int, limit: int, score: Any, number: int) -> int:
+    """Take an entry into the heap of the first `limit`, whose top is the last of them. Returns how many it holds."""
+    if held < limit:
+        place = held
+        while place > 0:
+            above = (place - 1) // 2
+            if not _comes_after(score, number, best[above], numbers[above]):
+                break
+            best[place], numbers[place] = best[above], numbers[above]
+            place = above
+        best[place], numbers[place] = score, number
+        return held + 1
+    if not _comes_after(best[0], numbers[0], score, number):
         return held
-    held = min(held + 1, limit)
-    for later in range(held - 1, place, -1):
-        best[later], numbers[later] = best[later - 1], numbers[later - 1]
+    place = 0
+    while 2 * place + 1 < held:
+        below = 2 * place + 1
+        if below + 1 < held and _comes_after(best[below + 1], numbers[below + 1], best[below], numbers[below]):
+            below += 1
+        if not _comes_after(best[below], numbers[below], score, number):
+            break
+        best[place], numbers[place] = best[below], numbers[below]
+        place = below
     best[place], numbers[place] = score, number
     return held
 
@@ -83,7 +104,7 @@ def choose(
             if not 0 <= row < size:
                 raise IndexError("index_topk: a candidate names a row that the keys do not have")
             score = _score(q, weights, t * heads, heads, dim, keys, row * stride)
-            held = _insert(best, numbers, held, k, score, e)
+            held = _keep(best, numbers, held, k, score, e)
         taken[:entries] = entries <= k
         for place in range(held):
             taken[numbers[place]] = True

@@ -119,7 +119,7 @@ def tell(engine: Engine) -> dict[str, Any]:
     story.until("plain 70", 6)
     story.publish(2)
     story.until("plain 5", 16)
-    kept = dict(engine.samples)["plain 5"]
+    kept = engine.samples["plain 5"]
     engine.abort(["plain 5"])
     scores = engine.score([[3, 4, 5]], [[6, 7, 8, 9]])
     engine.add(kept)

@@ -124,7 +124,8 @@ def test_a_kernel_refuses_memory_of_another_type() -> None:
 def test_the_chosen_entries_are_those_of_a_stable_sort(order: str, k: int) -> None:
     torch.manual_seed(k)
     entries, tokens = 300, 5
-    scores_E = {"rising": torch.arange(300.0), "falling": -torch.arange(300.0)}.get(order, torch.randn(entries))
+    rising_E = torch.arange(float(entries))
+    scores_E = {"rising": rising_E, "falling": -rising_E}.get(order, torch.randn(entries))
     if order == "equal":
         scores_E = scores_E.round()
     if order == "with NaN":

@@ -33,6 +33,8 @@ DASHBOARD_PORT = 8265
 FAREWELL_SECONDS = 1.5
 """How long processes have to end by themselves after Ray was shut down."""
 OBJECT_STORE_BYTES = 256 << 20
+SLOW_START = "The current node timed out during startup"
+"""What Ray says then."""
 
 
 @dataclass
@@ -175,15 +177,13 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
     try:
         if settings.address is not None:
             return dict(ray.init(address=settings.address, **options).address_info)
-        context = ray.init(
-            address="local",
+        return _start_ray(
             include_dashboard=settings.dashboard,
             dashboard_host=settings.dashboard_host,
             dashboard_port=None if settings.dashboard_port == DASHBOARD_PORT else settings.dashboard_port,
             object_store_memory=OBJECT_STORE_BYTES,
             **options,
         )
-        return dict(context.address_info)
     except ConnectionError as error:
         if settings.address is None:
             raise
@@ -192,6 +192,25 @@ def _connect(recipe: Recipe) -> dict[str, Any]:
         raise KeyboardInterrupt from None  # what Ray's own handler of SIGTERM does
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # `ray.init` has put its own in place
+
+
+def _start_ray(**options: Any) -> dict[str, Any]:
+    """A Ray cluster of our own.
+
+    Its processes have 30 s to start, a constant in ray/_private/node.py (2.60) and too little on a machine that is
+    busy for a while: then they are ended, and there is one more try.
+    """
+    import ray
+
+    others = set(psutil.Process().children(recursive=True))
+    try:
+        return dict(ray.init(address="local", **options).address_info)
+    except Exception as error:
+        if SLOW_START not in str(error):
+            raise
+    print("Ray took more than 30 s to start; trying once more", flush=True)
+    _end(set(psutil.Process().children(recursive=True)) - others, farewell=0)
+    return dict(ray.init(address="local", **options).address_info)
 
 
 def reach_other_machines(wanted: bool) -> None:
@@ -232,9 +251,9 @@ def gpus_needed(recipe: Recipe, trainers: bool = True) -> float:
     return recipe.cluster.gpus_per_worker * actors_of(recipe.cluster, trainers)
 
 
-def _end(processes: set[psutil.Process]) -> None:
+def _end(processes: set[psutil.Process], farewell: float = FAREWELL_SECONDS) -> None:
     """See to it that they have ended, a little later at most, so that a run leaves nothing behind."""
-    _, left = psutil.wait_procs(processes, timeout=FAREWELL_SECONDS)
+    _, left = psutil.wait_procs(processes, timeout=farewell)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()

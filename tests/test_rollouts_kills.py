@@ -128,12 +128,19 @@ def test_a_killed_worker_changes_nothing(service: Service) -> None:
 
 
 def test_all_workers_killed_at_once_change_nothing(service: Service) -> None:
+    killed: list[int] = []
+
     def kill() -> None:
         service.busy_worker()
-        for pid in service.client.service_stats().workers.values():
+        killed.extend(service.client.service_stats().workers.values())
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
 
-    assert service.run("all", kill) == service.expected
+    before = service.client.service_stats()
+    found = service.run("all", kill)
+    after = service.client.service_stats()
+    assert (after.deaths - before.deaths, after.stuck - before.stuck) == (len(killed), 0)
+    assert found == service.expected
 
 
 def test_a_stopped_process_is_noticed_and_replaced(service: Service) -> None:

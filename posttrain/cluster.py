@@ -34,7 +34,7 @@ FAREWELL_SECONDS = 1.5
 """How long processes have to end by themselves after Ray was shut down."""
 OBJECT_STORE_BYTES = 256 << 20
 SLOW_START = "The current node timed out during startup"
-"""What Ray says then."""
+"""What `ray.init` says when its processes had too little time to start."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ def start_cluster(recipe: Recipe, engine_description: Path, run_directory: Path 
     import ray
 
     cluster = Cluster(recipe)
-    others = set(psutil.Process().children(recursive=True))
+    others = _children()
     try:
         address = _connect(recipe).get("webui_url")
         cluster.dashboard = f"http://{address}" if address else None
@@ -132,7 +132,7 @@ def start_cluster(recipe: Recipe, engine_description: Path, run_directory: Path 
         yield cluster
     finally:
         with ignored():
-            ours = set(psutil.Process().children(recursive=True)) - others
+            ours = _children() - others
             if ray.is_initialized():
                 cluster.stop_actors()
                 ray.shutdown()
@@ -202,14 +202,14 @@ def _start_ray(**options: Any) -> dict[str, Any]:
     """
     import ray
 
-    others = set(psutil.Process().children(recursive=True))
+    others = _children()
     try:
         return dict(ray.init(address="local", **options).address_info)
     except Exception as error:
         if SLOW_START not in str(error):
             raise
     print("Ray took more than 30 s to start; trying once more", flush=True)
-    _end(set(psutil.Process().children(recursive=True)) - others, farewell=0)
+    _end(_children() - others)
     return dict(ray.init(address="local", **options).address_info)
 
 
@@ -251,9 +251,13 @@ def gpus_needed(recipe: Recipe, trainers: bool = True) -> float:
     return recipe.cluster.gpus_per_worker * actors_of(recipe.cluster, trainers)
 
 
-def _end(processes: set[psutil.Process], farewell: float = FAREWELL_SECONDS) -> None:
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
     """See to it that they have ended, a little later at most, so that a run leaves nothing behind."""
-    _, left = psutil.wait_procs(processes, timeout=farewell)
+    _, left = psutil.wait_procs(processes, timeout=FAREWELL_SECONDS)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()

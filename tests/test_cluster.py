@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray._private import node, services
 
-from posttrain.cluster import SLOW_START, _start_ray
+from posttrain.cluster import SLOW_START, _children, _start_ray
 
 OPTIONS = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 80 << 20}
 
@@ -31,18 +30,14 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Exception]]:
     ray.shutdown()
 
 
-def processes() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
-
-
 def test_a_slow_start_is_given_up_and_tried_once_more(
     failures: list[Exception], capsys: pytest.CaptureFixture[str]
 ) -> None:
     failures.append(Exception(f"{SLOW_START}. This could happen because the raylet failed to start"))
-    before = processes()
+    before = _children()
     _start_ray(**OPTIONS)
     assert ray.is_initialized() and not failures
-    assert [one.name() for one in processes() - before].count("raylet") == 1
+    assert [one.name() for one in _children() - before].count("raylet") == 1
     assert "trying once more" in capsys.readouterr().out
 
 

@@ -32,7 +32,7 @@ from rollouts.service import EarlyStop
 from rollouts.types import Completion, GroupRequest
 
 STUCK_SECONDS = 30.0
-"""A new engine's first step takes a second, or seven where everything else is slow: nobody may take that for stuck."""
+"""A new engine's first step takes about a second, and several times that on a busy machine: it is not stuck then."""
 GROUPS = make_groups(24, samples=3)
 POISON = [127, 127, 127]
 """This prompt ends every engine that comes to read it."""

@@ -73,7 +73,7 @@ def test_lines_of_processes_that_write_at_once_are_never_mixed(tmp_path: Path) -
     for writer in writers:
         writer.join(60)
         assert writer.exitcode == 0
-    # A writer that opens the file while another's line is half visible begins with a line feed: an empty line, no mixed one.
+    # A writer that opens the file while another's line is half visible begins with a line feed: an empty line.
     records = [json.loads(line) for line in log.path.read_text().splitlines() if line]
     assert len(records) == 1 + 3 * 200 == len(read_metrics(log.path))
     for index in range(3):

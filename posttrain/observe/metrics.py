@@ -34,6 +34,7 @@ with `<metric>/<domain>` where a metric is kept by domain (the student's `kl/ari
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -75,7 +76,8 @@ class MetricsLog:
     """Appends records to `path`. May be sent to other processes (Ray actors); each opens the file for itself.
 
     A line is one `write` on a descriptor opened with O_APPEND, which the kernel does not interleave with
-    others' on a local file system.
+    others' on a local file system. Half of it may be visible to others meanwhile, so it is written under a shared
+    lock, and a process that opens the file looks for a torn line under an exclusive one.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,7 +108,11 @@ class MetricsLog:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         if self._descriptor is None:
             self._descriptor = self._open()
-        written = os.write(self._descriptor, line)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        try:
+            written = os.write(self._descriptor, line)
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         if written != len(line):
             self.close()  # the next record starts on a line of its own
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
@@ -114,9 +120,13 @@ class MetricsLog:
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            os.write(descriptor, b"\n")  # a killed writer's torn line must not swallow ours
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # no line is being written: what is torn stays so
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                os.write(descriptor, b"\n")  # a killed writer's torn line must not swallow ours
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         return descriptor
 
     def __getstate__(self) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class Scheduler:
             order: From `next_order`.
             row: Its place among the groups of this order.
             known: Sample id → what is already logged of it; samples that have ended are not sampled again.
-            early_stop: Stop the group once so many of its samples have ended and all verdicts are equal.
+            early_stop: Stop the group once so many of its samples have ended, with equal verdicts on all that have.
         """
         group = _Group(request, lane, order, row, early_stop=early_stop)
         self._groups[request.id] = group
@@ -314,7 +314,8 @@ class Scheduler:
         if group is None or group.early_stop is None:
             return {}
         group.verdicts.append(verdict)
-        if len(group.verdicts) < group.early_stop or len(set(group.verdicts)) > 1:
+        # A sample that has ended and whose verdict is under way may differ.
+        if len(group.verdicts) < max(group.early_stop, len(group.lengths)) or len(set(group.verdicts)) > 1:
             return {}
         cancelled = self._drop_unfinished(group)
         self._complete(group)

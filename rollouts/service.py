@@ -89,7 +89,8 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """End a group once its first `after` finished samples have equal verdicts: it will hardly say more.
+    """End a group once `after` of its samples or more have finished and all their verdicts are equal: it will hardly
+    say more. (Samples of a run before, read back from the log, have no verdict: their group is sampled whole.)
 
     What finishes first is short, so this favours short answers in what it decides by; hence it is off by default.
     """

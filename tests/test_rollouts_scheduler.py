@@ -283,6 +283,17 @@ def test_a_group_that_cannot_inform_is_stopped_if_asked_to(verdicts: list[float]
     assert service.scheduler.unfinished(ALL) == (0 if stops else 3)
 
 
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_a_group_is_not_stopped_before_the_verdicts_on_all_that_has_ended(last: float) -> None:
+    service = Service(1, running=8)
+    service.submit(group("a", n=6), early_stop=2)
+    for number in range(3):
+        service.finish(0, f"a#{number}")
+    assert [service.scheduler.judge("a", 1.0) for _ in range(2)] == [{}, {}]
+    assert service.scheduler.judge("a", last) == ({0: ["a#3", "a#4", "a#5"]} if last else {})
+    assert [len(ended.group.completions) for ended in service.ended().values()] == ([3] if last else [])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6))
 def test_whatever_happens_every_sample_ends_exactly_once(seed: int, workers: int, running: int) -> None:

@@ -106,6 +106,9 @@ class Owner(Protocol):
     def worker_report(self, worker: int, report: Report) -> None:
         """What it said when it was polled."""
 
+    def worker_forgot(self, worker: int, cancelled: Sequence[str]) -> None:
+        """It has these samples no more."""
+
     def worker_lost(self, worker: int) -> bool:
         """It is gone, or about to be; whether it had samples."""
 
@@ -321,6 +324,8 @@ class Fleet:
             requests, slot.requests = slot.requests, []
             cancelled, slot.cancelled = slot.cancelled, []
             await slot.worker.handle.submit.remote(requests, cancelled)
+            if cancelled:
+                self._owner.worker_forgot(slot.index, cancelled)
 
     async def _poll(self, slot: Slot) -> None:
         assert slot.worker is not None

@@ -131,7 +131,14 @@ class _Group:
 @dataclass(eq=False)
 class _Worker:
     running: dict[str, _Sample] = field(default_factory=dict)
+    dropped: dict[str, _Sample] = field(default_factory=dict)
+    """What it was told to forget and may still have: that too may end it."""
     lost: bool = False
+
+    @property
+    def samples(self) -> list[_Sample]:
+        """All that its engine may have."""
+        return [*self.running.values(), *self.dropped.values()]
 
     @property
     def load(self) -> float:
@@ -231,16 +238,20 @@ class Scheduler:
         self._workers[worker].lost = True
         return bool(self._workers[worker].running)
 
-    def worker_down(self, worker: int, known: Mapping[str, Progress], killed: bool = True) -> None:
+    def worker_down(self, worker: int, known: Mapping[str, Progress], killed: bool = True) -> dict[int, list[str]]:
         """What became of the samples of a worker that is gone: they are queued again, or end.
 
         Args:
             known: What the log has of them.
             killed: Whether they may be the reason; not so when the worker was asked to go.
+
+        Returns:
+            What other workers have to forget, as their groups were given up.
         """
-        gone = self._workers.pop(worker, None)
-        running = list(gone.running.values()) if gone else []
-        for sample in running:
+        gone = self._workers.pop(worker, None) or _Worker()
+        alone = len(gone.samples) == 1
+        cancelled: dict[int, list[str]] = {}
+        for sample in list(gone.running.values()):
             if sample.worker is None:  # dropped with its group, a moment ago
                 continue
             self._leave(sample)
@@ -251,16 +262,24 @@ class Scheduler:
             if len(sample.progress.token_ids) > begin:
                 sample.deaths = sample.deaths_alone = 0
             elif killed:
-                sample.deaths_alone += sample.suspect and len(running) == 1
+                sample.deaths_alone += sample.suspect and alone
                 sample.deaths += 1
             _end_if_complete(sample.progress, sample.group.request)
             if sample.progress.finish_reason is not None:
                 self._end(sample)
             elif sample.deaths_alone >= self.limits.deaths:
                 reason = f"its sample {sample.number} ended {sample.deaths} engines in a row"
-                self._give_up(sample.group, f"{reason}, on the last {sample.deaths_alone} of which it was alone")
+                reason += f", on the last {sample.deaths_alone} of which it was alone"
+                cancelled = self._give_up(sample.group, reason)  # it alone was there: none comes after it
             elif sample.id in self._samples:
                 self._queue(sample)
+        return cancelled
+
+    def worker_forgot(self, worker: int, sample_ids: Iterable[str]) -> None:
+        """A worker has done what it was told: its engine has these samples no more."""
+        if worker in self._workers:
+            for sample_id in sample_ids:
+                self._workers[worker].dropped.pop(sample_id, None)
 
     def assign(self) -> dict[int, list[SampleRequest]]:
         """Place what can be placed; returns the requests that each worker is to be given."""
@@ -352,7 +371,7 @@ class Scheduler:
         return {sample.id: sample.progress for sample in running.values()}
 
     def _has_room(self, worker: _Worker) -> bool:
-        if worker.lost or any(sample.suspect for sample in worker.running.values()):
+        if worker.lost or any(sample.suspect for sample in worker.samples):
             return False
         return len(worker.running) < self.limits.running + self.limits.ahead
 
@@ -369,7 +388,7 @@ class Scheduler:
             return None
         own = {number: load for number, load in loads.items() if in_lane(number, lane)}
         if sample.suspect:
-            own = {number: load for number, load in own.items() if not self._workers[number].running}
+            own = {number: load for number, load in own.items() if not self._workers[number].samples}
         elif lane in isolating and own:
             # The one that is empty first takes no more: the suspects will have it.
             del own[min(own, key=lambda number: (own[number], number))]
@@ -439,11 +458,10 @@ class Scheduler:
             )
             self._ended.append(Ended(finished, group.attempts))
 
-    def _give_up(self, group: _Group, reason: str) -> None:
-        if group.request.id in self._groups:
-            del self._groups[group.request.id]
-            self._drop_unfinished(group)
-            self._ended.append(Ended(FinishedGroup(group.request, [], reason), group.attempts))
+    def _give_up(self, group: _Group, reason: str) -> dict[int, list[str]]:
+        del self._groups[group.request.id]
+        self._ended.append(Ended(FinishedGroup(group.request, [], reason), group.attempts))
+        return self._drop_unfinished(group)
 
     def _drop_unfinished(self, group: _Group) -> dict[int, list[str]]:
         """Forget the samples that have not ended; returns those that workers have, by worker."""
@@ -452,6 +470,7 @@ class Scheduler:
         for sample in dropped:
             if sample.worker is not None:
                 in_engines[sample.worker].append(sample.id)
+                self._workers[sample.worker].dropped[sample.id] = sample
                 self._leave(sample)
         self._waiting = [sample for sample in self._waiting if sample not in dropped]
         group.samples = [sample for sample in group.samples if sample not in dropped]

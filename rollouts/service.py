@@ -255,8 +255,7 @@ class RolloutService:
         """Groups that nobody wants any more, consumed or cancelled: what is being sampled of them is stopped."""
         self._arriving -= set(ids)
         cancelled, attempts = self._scheduler.cancel(ids)
-        for worker, samples in cancelled.items():
-            self._fleet.send(worker, [], samples)
+        self._drop(cancelled)
         for group_id in ids:
             entry = self._entries.pop(group_id, None)
             if entry is not None and entry.ended is not None:
@@ -368,6 +367,11 @@ class RolloutService:
                 task.add_done_callback(self._judging.discard)
         self._pump()
 
+    def worker_forgot(self, worker: int, cancelled: Sequence[str]) -> None:
+        """See `Owner`."""
+        self._scheduler.worker_forgot(worker, cancelled)
+        self._pump()
+
     def worker_lost(self, worker: int) -> bool:
         """See `Owner`."""
         return self._scheduler.worker_lost(worker)
@@ -379,7 +383,7 @@ class RolloutService:
         for sample_id, before in in_flight.items():
             attempt = attempts.get(sample_id)
             known[sample_id] = before if attempt is None else continued(before, attempt)
-        self._scheduler.worker_down(worker, known, killed)
+        self._drop(self._scheduler.worker_down(worker, known, killed))
         self._pump()
 
     def failed(self, error: Exception) -> None:
@@ -492,9 +496,13 @@ class RolloutService:
         except Exception as error:
             self.failed(RunFailed(f"the verdict that stops groups early failed: {error!r}"))
             return
-        for worker, samples in self._scheduler.judge(entry.request.id, verdict).items():
-            self._fleet.send(worker, [], samples)
+        self._drop(self._scheduler.judge(entry.request.id, verdict))
         self._pump()
+
+    def _drop(self, cancelled: Mapping[int, Sequence[str]]) -> None:
+        """Have workers forget samples."""
+        for worker, samples in cancelled.items():
+            self._fleet.send(worker, [], samples)
 
     def _pump(self) -> None:
         """Send out what can be placed, take in what has ended, wake up who waits."""

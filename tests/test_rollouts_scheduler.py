@@ -56,20 +56,25 @@ class Service:
         self.scheduler.report(worker, [tokens(self.given[worker].pop(sample), count, reason)], {})
         self.assign()
 
-    def die(self, worker: int, logged: dict[str, int] | None = None, killed: bool = True) -> None:
+    def die(self, *workers: int, logged: dict[str, int] | None = None, killed: bool = True) -> dict[int, list[str]]:
         """`logged`: tokens that the log has of samples, beyond those they began with."""
-        known = {}
-        for sample, progress in self.scheduler.in_flight(worker).items():
-            request = self.given[worker][sample]
-            known[sample] = copy.deepcopy(progress)
-            known[sample].extend(tokens(request, (logged or {}).get(sample, 0), None))
-        self.given[worker].clear()
-        self.scheduler.worker_lost(worker)
+        cancelled: dict[int, list[str]] = {}
+        for worker in workers:
+            self.scheduler.worker_lost(worker)
         self.assign()
-        self.scheduler.worker_down(worker, known, killed)
-        self.assign()
-        self.scheduler.worker_up(worker)
-        self.assign()
+        for worker in workers:
+            known = {}
+            for sample, progress in self.scheduler.in_flight(worker).items():
+                request = self.given[worker][sample]
+                known[sample] = copy.deepcopy(progress)
+                known[sample].extend(tokens(request, (logged or {}).get(sample, 0), None))
+            self.given[worker].clear()
+            cancelled |= self.scheduler.worker_down(worker, known, killed)
+            self.assign()
+        for worker in workers:
+            self.scheduler.worker_up(worker)
+            self.assign()
+        return cancelled
 
     def ended(self) -> dict[str, Ended]:
         return {ended.group.request.id: ended for ended in self.scheduler.take_ended()}
@@ -217,6 +222,31 @@ def test_a_poisoned_request_is_found_and_no_other_is_blamed() -> None:
     assert lives == 4
 
 
+@pytest.mark.parametrize("forgotten_in_time", [True, False])
+def test_an_engine_that_a_poisoned_group_was_dropped_from_is_nobodys_fault(forgotten_in_time: bool) -> None:
+    """Two samples of one poisoned request are tried on two engines at once; when the first is given up, so is the
+    second, which may end its engine before that is told to forget it."""
+    service = Service(2, running=8, deaths=1)
+    service.submit(group("poison", n=2), *(group(f"good{i}") for i in range(4)))
+    for _ in range(2):
+        service.die(0, 1)
+    assert [list(service.given[worker]) for worker in (0, 1)] == [["poison#0"], ["poison#1"]]
+    assert service.die(0) == {1: ["poison#1"]}
+    assert list(service.ended()) == ["poison"]
+    assert list(service.given[1]) == ["poison#1"]  # still there, and nothing beside it
+    if forgotten_in_time:
+        service.given[1].clear()
+        service.scheduler.worker_forgot(1, ["poison#1"])
+        service.assign()
+    else:
+        assert service.die(1) == {}
+    assert len(service.given[1]) == 1
+    for worker in (0, 1) * 4:
+        for sample in list(service.given[worker])[:1]:
+            service.finish(worker, sample)
+    assert {name: one.group.failure for name, one in service.ended().items()} == {f"good{i}": None for i in range(4)}
+
+
 def test_deaths_with_tokens_in_between_blame_nobody() -> None:
     service = Service(1, deaths=2)
     service.submit(group("a", n=4, max_tokens=100))
@@ -261,6 +291,7 @@ def test_cancelling_frees_engines_and_queue() -> None:
     service.given[0].clear()
     service.assign()
     assert list(service.given[0]) == ["b#0"]
+    service.scheduler.worker_forgot(0, ["a#0", "a#1"])
     assert service.scheduler.unfinished(ALL) == 1
     # What its worker had finished meanwhile is nobody's.
     late = SampleRequest("a#0", [1], [], Sampling(3), 0)
@@ -312,7 +343,7 @@ def test_whatever_happens_every_sample_ends_exactly_once(seed: int, workers: int
         given = service.given[worker]
         if chance.random() < 0.2:
             logged = {name: chance.randint(0, 9 - len(request.token_ids)) for name, request in given.items()}
-            service.die(worker, logged, killed=chance.random() < 0.5)
+            service.die(worker, logged=logged, killed=chance.random() < 0.5)
         elif given:
             sample = chance.choice(list(given))
             service.finish(worker, sample, count=10 - len(given[sample].token_ids), reason="length")

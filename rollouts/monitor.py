@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from posttrain.observe.exported import Exporter
@@ -15,17 +15,45 @@ MONITOR_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Queues:
-    """The service at a moment."""
+    """The service at a moment, and since the moment before."""
 
-    waiting: int
-    """Samples in no engine."""
-    running: int
+    waiting: float
+    """Samples in no engine, mean over the time: answers of a few tokens come and go between two moments."""
+    running: float
+    """Samples in engines, mean over the time."""
     ready_groups: int
     """Finished, and nobody has learned from them yet."""
     workers: int
     """With weights."""
     deaths: int
     """Of workers, since the service started."""
+
+
+class Average:
+    """The mean over time of a number that changes in steps.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._value = self._sum = 0.0
+        self._begin = self._at = clock()
+
+    def set(self, value: float) -> None:
+        """From now on it is `value`."""
+        now = self._clock()
+        self._sum += self._value * (now - self._at)
+        self._value, self._at = value, now
+
+    def take(self) -> float:
+        """The mean since the call before."""
+        self.set(self._value)
+        seconds = self._at - self._begin
+        mean = self._sum / seconds if seconds > 0 else self._value
+        self._sum, self._begin = 0.0, self._at
+        return mean
 
 
 class Monitor:

@@ -184,6 +184,11 @@ class Scheduler:
         """Samples that are in no engine."""
         return len(self._waiting)
 
+    @property
+    def in_engines(self) -> int:
+        """Samples that workers have."""
+        return sum(self._in_engines.values())
+
     def next_order(self) -> int:
         """A place in the queue behind all that came before, for groups that are submitted together."""
         self._orders += 1

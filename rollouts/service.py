@@ -33,7 +33,7 @@ from rollouts.fleet import Fleet, FleetStats, Slot, Weights
 from rollouts.lanes import LaneWeights
 from rollouts.log.compaction import LogKeeper
 from rollouts.log.reader import Recovered, RecoveredRequest, recover
-from rollouts.monitor import MONITOR_SECONDS, Monitor, Queues
+from rollouts.monitor import MONITOR_SECONDS, Average, Monitor, Queues
 from rollouts.recovery import continued, read_attempts, recovered_progress
 from rollouts.scheduler import Ended, Lane, Limits, Progress, Scheduler
 from rollouts.settings import EngineInfo, EngineSettings
@@ -164,6 +164,7 @@ class RolloutService:
         self._arriving: set[str] = set()
         """Groups that are being submitted."""
         self._quarantined = 0
+        self._waiting, self._running = Average(), Average()
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._judging: set[asyncio.Task[None]] = set()
@@ -323,7 +324,7 @@ class RolloutService:
             workers={slot.index: slot.worker.pid for slot in slots if slot.worker is not None},
             ready=[slot.index for slot in slots if slot.version is not None],
             waiting=self._scheduler.waiting,
-            running=sum(len(self._scheduler.running(slot.index)) for slot in slots),
+            running=self._scheduler.in_engines,
             ready_groups=sum(entry.ended is not None for entry in self._entries.values()),
             deaths=fleet.deaths,
             stuck=fleet.stuck,
@@ -447,7 +448,8 @@ class RolloutService:
         while True:
             await asyncio.sleep(MONITOR_SECONDS)
             stats, slots = await self.service_stats(), self._fleet.slots.values()
-            queues = Queues(stats.waiting, stats.running, stats.ready_groups, len(stats.ready), stats.deaths)
+            waiting, running = self._waiting.take(), self._running.take()
+            queues = Queues(waiting, running, stats.ready_groups, len(stats.ready), stats.deaths)
             reports = {
                 slot.index: (slot.worker.pid, slot.beat)
                 for slot in slots
@@ -512,6 +514,8 @@ class RolloutService:
             self._entries[ended.group.request.id].ended = ended
             if ended.group.failure is not None:
                 self._quarantine(ended.group)
+        self._waiting.set(self._scheduler.waiting)
+        self._running.set(self._scheduler.in_engines)
         self._changed.set()
 
     def _quarantine(self, group: FinishedGroup) -> None:

@@ -14,6 +14,7 @@ from posttrain.errors import BadInput
 from posttrain.recipe.schema import RolloutConfig
 from rollouts.engine import request_seed
 from rollouts.masks import decode_kept, encode_kept
+from rollouts.monitor import Average
 from rollouts.service import split_evenly
 from rollouts.settings import check_prompts, engine_kind, read_eos_token_ids, write_description
 from rollouts.vllm_weights import checkpoint_shapes
@@ -92,3 +93,22 @@ def test_a_description_needs_a_configuration_with_an_end_token(tmp_path: Path) -
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     write_description(tmp_path, tmp_path / "description", "vllm")
     assert read_eos_token_ids(tmp_path / "description") == [3, 4]
+
+
+def test_what_comes_and_goes_between_two_moments_counts_for_as_long_as_it_was_there() -> None:
+    now = 100.0
+    average = Average(lambda: now)
+    average.set(0)
+    now = 104.0
+    average.set(16)
+    now = 105.0
+    average.set(0)
+    now = 108.0
+    assert average.take() == 2.0
+    assert average.take() == 0.0  # no time has passed: what it is now
+    now = 110.0
+    average.set(3)
+    now = 112.0
+    assert average.take() == 1.5
+    now = 113.0
+    assert average.take() == 3.0

@@ -51,7 +51,9 @@ EXPORTED = {
     "posttrain_warnings": Exported("counter", "Warnings of the run", ()),
     "posttrain_memory_bytes": Exported("gauge", "Memory of all processes of the run; kind is rss or pss", ("kind",)),
     # From the rollout service.
-    "posttrain_rollout_samples": Exported("gauge", "Unfinished samples; state is waiting or running", ("state",)),
+    "posttrain_rollout_samples": Exported(
+        "gauge", "Unfinished samples, mean over the time; state is waiting or running", ("state",)
+    ),
     "posttrain_rollout_groups_ready": Exported("gauge", "Finished groups that nobody has learned from yet", ()),
     "posttrain_rollout_workers": Exported("gauge", "Rollout workers that have weights", ()),
     "posttrain_rollout_deaths": Exported("counter", "Rollout workers that died or were replaced", ()),

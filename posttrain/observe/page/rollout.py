@@ -90,7 +90,11 @@ def _queue_charts(view: RunView) -> list[Markup]:
     ]
     idle = [series("engines idle", "generators_idle", "c3")]
     found = [
-        ("Queues", "unfinished samples, and finished groups not yet learned from; the largest in the legend", queues),
+        (
+            "Queues",
+            "unfinished samples (means over time), and finished groups not yet learned from; the largest in the legend",
+            queues,
+        ),
         ("Idle engines", "share of the time without work, mean over workers; the largest in the legend", idle),
     ]
     return [

@@ -291,7 +291,6 @@ def test_cancelling_frees_engines_and_queue() -> None:
     service.given[0].clear()
     service.assign()
     assert list(service.given[0]) == ["b#0"]
-    service.scheduler.worker_forgot(0, ["a#0", "a#1"])
     assert service.scheduler.unfinished(ALL) == 1
     # What its worker had finished meanwhile is nobody's.
     late = SampleRequest("a#0", [1], [], Sampling(3), 0)
